@@ -1,0 +1,138 @@
+"""What the tests share: a scratch folder with its own copy of sender.py, used as a module or as a process."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SENDER = Path(__file__).parent.parent / "sender.py"
+DATA = Path(__file__).parent / "data"
+SETTINGS = (
+    "SERVER_URL API_TOKEN POLL_INTERVAL MAX_RETRIES RETRY_DELAY BATCH_SIZE REQUEST_TIMEOUT RETRY_FAILED_INTERVAL "
+    "COMPRESS KEEP_PROCESSED_DAYS LOGS_DIR LOG_LEVEL"
+).split()
+FAST = {"RETRY_DELAY": "0.01", "POLL_INTERVAL": "0.05"}
+_numbers = itertools.count()
+
+
+def wait_until(condition: Callable[[], object], what: str, limit: float = 60) -> None:
+    """Wait for a condition, never for a time; fail with `what` was waited for."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"waited {limit} s in vain: {what}"
+        time.sleep(0.01)
+
+
+def packet(number: int, **fields: Any) -> dict[str, Any]:
+    """A small packet that can be told from all others."""
+    return {"timestamp": 1_700_000_000 + number, "src_ip": "10.0.0.1", "length": number, "http_path": None, **fields}
+
+
+class Spool:
+    """A scratch folder as a user has it: sender.py alone in it, and logs/."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sender_py = folder / "sender.py"
+        shutil.copy(SENDER, self.sender_py)
+        self.logs = folder / "logs"
+        self.pending = self.logs / "pending_upload"
+        self.failed = self.logs / "failed_uploads"
+        self.processed = self.logs / "processed"
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def drop(self, name: str, packets: list[dict[str, Any]] | bytes | str) -> bytes:
+        """Write a capture as the sniffer does: a temporary file, a rename, the marker. Returns the bytes."""
+        content = packets if isinstance(packets, bytes) else (
+            packets.encode() if isinstance(packets, str) else json.dumps(packets).encode()
+        )
+        self.pending.mkdir(parents=True, exist_ok=True)
+        temporary = self.pending / (name[:100] + ".tmp")
+        temporary.write_bytes(content)
+        temporary.replace(self.pending / name)
+        (self.pending / (name + ".ready")).touch()
+        return content
+
+    def environment(self, **settings: object) -> dict[str, str]:
+        clean = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+        return {**clean, **FAST, **{key: str(value) for key, value in settings.items()}}
+
+    def load(self, **settings: object) -> ModuleType:
+        """This folder's sender.py as a fresh module, as an embedding program would load it."""
+        before = dict(os.environ)
+        os.environ.clear()
+        os.environ.update(self.environment(**settings))
+        try:
+            spec = importlib.util.spec_from_file_location(f"sender_{next(_numbers)}", self.sender_py)
+            assert spec
+            assert spec.loader
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # dataclasses look their module up
+            spec.loader.exec_module(module)
+            return module
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    def start(self, *arguments: str, **settings: object) -> subprocess.Popen[str]:
+        """sender.py as a process of its own; its console goes to the file console.log (all runs, appended)."""
+        flags = subprocess.CREATE_NEW_PROCESS_GROUP if sys.platform == "win32" else 0
+        with open(self.folder / "console.log", "a", encoding="utf-8") as console:
+            process = subprocess.Popen(
+                [sys.executable, str(self.sender_py), *arguments],
+                cwd=self.folder,
+                env=self.environment(**settings),
+                stdout=subprocess.PIPE,
+                stderr=console,
+                text=True,
+                creationflags=flags,
+            )
+        self.processes.append(process)
+        return process
+
+    def run(self, *arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
+        """sender.py to its end, with its output captured (stderr also in .stderr)."""
+        return subprocess.run(
+            [sys.executable, str(self.sender_py), *arguments],
+            cwd=self.folder,
+            env=self.environment(**settings),
+            capture_output=True,
+            encoding="utf-8",
+            timeout=100,
+        )
+
+    def console(self) -> str:
+        path = self.folder / "console.log"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def tree(self) -> dict[str, int]:
+        """Every file under logs/ but the lock and placeholders, with its size: what assertions compare and print."""
+        return {
+            path.relative_to(self.logs).as_posix(): path.lstat().st_size
+            for path in sorted(self.logs.rglob("*"))
+            if not path.is_dir() and path.name not in (".sender.lock", ".gitkeep")
+        }
+
+    def names(self) -> list[str]:
+        return list(self.tree())
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    spool = Spool(tmp_path)
+    yield spool
+    for process in spool.processes:
+        process.kill()
+        process.communicate()
