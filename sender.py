@@ -1,40 +1,36 @@
 #!/usr/bin/env python3
 """Upload what a packet sniffer captures: every packet, once, whatever breaks in between.
 
-usage: python sender.py [--once | --status | --help | --version]
-
 The sniffer writes X.json (an array of packet objects) into logs/pending_upload/ and then creates the marker
-X.json.ready. Once a second this program takes what is ready, POSTs it in batches to SERVER_URL and moves the
-file to logs/processed/ or logs/failed_uploads/; the latter is retried by itself.
+X.json.ready. Once a second this program takes what is ready, POSTs it in batches to SERVER_URL and moves the file
+to logs/processed/ or logs/failed_uploads/; the latter is retried by itself.
 
-The spool: states of one file. Each step between two rows is one rename; a crash leaves one of the rows, and
-the next start goes on from it.
+The spool: states of one file. A step from row to row is one rename; a crash leaves one of the rows, and the next
+start goes on from there.
 
     state          pending_upload/                failed_uploads/           processed/   next step
-    being written  X.json                                                                none, it has no marker
+    being written  X.json                                                                none: it has no marker
     ready          X.json, X.json.ready                                                  take it
     taken          X.json.taken (+ X.json.state)                                         upload what is left of it
     failed                                        X.json (+ X.json.state)                the next sweep
     done                                                                    X.json       none
 
-X.json.state says how far the upload got and what failed last. X.rejected.json holds single packets that the
-server will not have, X.rejected.json.state its reasons; they wait for a person. Nothing is ever overwritten:
-where a name exists, the newcomer becomes X.1.json.
+X.json.state says how far the upload got and what failed last. X.rejected.json holds single packets that the server
+will not have, with its reasons in X.rejected.json.state; they wait for a person. Nothing is ever overwritten: where
+a name exists, the newcomer becomes X.1.json.
 
-Delivery is at least once on the wire and exactly once for a server that honours Idempotency-Key: a batch whose
-answer was lost is sent again byte for byte the same, under the same key.
+Delivery is at least once on the wire, and exactly once on a server that honours Idempotency-Key: a batch whose answer
+was lost goes out again byte for byte the same, under the same key.
 
-Ctrl-C and SIGTERM finish the current request and keep all progress; a second Ctrl-C ends at once.
-Exit status: 0 done; 1 another sender is running, folders unusable, or with --once something is left; 2 bad setting.
+Ctrl-C and SIGTERM let the current request finish and keep all progress; a second Ctrl-C ends at once.
+Exit status: 0 done; 1 another sender is running, unusable folders, or (--once, --status) not all is well; 2 bad setting.
 Settings come from the environment or from a .env beside this file; .env.example explains each.
 """
 
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
-import dataclasses
 import email.utils
 import enum
 import errno
@@ -55,13 +51,16 @@ import socket
 import ssl
 import stat
 import sys
+import textwrap
 import threading
 import time
 from array import array
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator, NamedTuple, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any, BinaryIO, Callable, NamedTuple, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import requests
 import urllib3
@@ -69,30 +68,33 @@ from dotenv import dotenv_values
 
 try:
     import sqlite3
-except ImportError:  # a Python built without it: the reader is then three times slower, and as exact
+except ImportError:  # a Python built without it: reading is then slower, and as exact
     sqlite3 = None  # type: ignore[assignment]
 
 __version__ = "1.0.0"
 logger = logging.getLogger("sender")
-T = TypeVar("T")
 
 # ---------------------------------------------------------------- settings
 
-_bad_settings: list[str] = []  # told by check_settings(): importing this module never fails
+T = TypeVar("T")
+_bad_settings: list[str] = []  # raised by check_settings(): importing this module never fails
 
 
-def _environment() -> dict[str, str | None]:
+def _read_environment() -> dict[str, str | None]:
     try:
         from_file = dotenv_values(Path(__file__).with_name(".env"), encoding="utf-8-sig", interpolate=False)
-    except (OSError, UnicodeDecodeError) as error:
-        _bad_settings.append(f".env cannot be read: {error}; a UTF-8 text file is allowed")
+    except (OSError, ValueError) as error:
+        _bad_settings.append(f".env cannot be read ({error}): it must be a text file in UTF-8")
         from_file = {}
     return {**from_file, **os.environ}
 
 
+_environment = _read_environment()
+
+
 def _setting(name: str, default: T, convert: Callable[[str], T], allowed: str) -> T:
-    """One setting: what the environment or .env says, else the default. An empty value counts as none."""
-    text = (_ENVIRONMENT.get(name) or "").strip()
+    """What the environment or .env says of `name`, else the default. An empty value counts as none."""
+    text = (_environment.get(name) or "").strip()
     try:
         return convert(text) if text else default
     except ValueError:
@@ -101,15 +103,12 @@ def _setting(name: str, default: T, convert: Callable[[str], T], allowed: str) -
         return default
 
 
-N = TypeVar("N", int, float)
-
-
-def _number(kind: Callable[[str], N], least: float, above: bool = False) -> Callable[[str], N]:
-    def convert(text: str) -> N:
-        value = kind(text)
-        if not (least < value if above else least <= value) or not value <= 1_000_000:  # a NaN is neither
+def _number(kind: Callable[[str], T], least: float) -> Callable[[str], T]:
+    def convert(text: str) -> T:
+        value: Any = kind(text)
+        if not least <= value <= 1_000_000:  # so that no sum of seconds overflows a clock; false for a NaN, too
             raise ValueError(text)
-        return value
+        return value  # type: ignore[no-any-return]
 
     return convert
 
@@ -122,37 +121,37 @@ def _url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme.lower() not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError(text)
-    requests.Request("POST", text).prepare()  # what requests cannot send is refused here, not at the first file
+    requests.Request("POST", text).prepare()  # what requests cannot send is refused now, not at the first file
     return text
 
 
-def _header(text: str) -> str:
+def _token(text: str) -> str:
     if not (text.isascii() and text.isprintable()):
         raise ValueError(text)
     return text
 
 
 def _printable(text: object) -> str:
-    """`text` with control characters and undecodable bytes escaped: a file name cannot forge a log line."""
+    """`text` with control characters and undecodable bytes escaped: no file name can forge a log line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-_ENVIRONMENT = _environment()
-_SECONDS = "a number of seconds above 0 (at most 1000000)"
+_SECONDS, _ABOVE_0 = "a number of seconds above 0, at most 1000000", sys.float_info.min
 _WHOLE = "a whole number from 1 to 1000000"
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
-SERVER_URL = _setting("SERVER_URL", "http://localhost:8000/ingest", _url, "an http:// or https:// URL with a host")
-API_TOKEN = _setting("API_TOKEN", "", _header, "printable ASCII")  # sent as Authorization: Bearer
-POLL_INTERVAL = _setting("POLL_INTERVAL", 1.0, _number(float, 0, above=True), _SECONDS)
+SERVER_URL = _setting("SERVER_URL", "http://localhost:8000/ingest", _url, "an http or https URL with a host")
+API_TOKEN = _setting("API_TOKEN", "", _token, "printable ASCII")  # sent as Authorization: Bearer
+POLL_INTERVAL = _setting("POLL_INTERVAL", 1.0, _number(float, _ABOVE_0), _SECONDS)
 MAX_RETRIES = _setting("MAX_RETRIES", 3, _number(int, 1), _WHOLE)  # attempts for one batch
-RETRY_DELAY = _setting("RETRY_DELAY", 5.0, _number(float, 0), "a number of seconds (0 to 1000000)")  # then doubling
+RETRY_DELAY = _setting("RETRY_DELAY", 5.0, _number(float, 0), "a number of seconds from 0 to 1000000")  # then doubling
 BATCH_SIZE = _setting("BATCH_SIZE", 1000, _number(int, 1), _WHOLE)  # packets in one request
-REQUEST_TIMEOUT = _setting("REQUEST_TIMEOUT", 30.0, _number(float, 0, above=True), _SECONDS)
-RETRY_FAILED_INTERVAL = _setting("RETRY_FAILED_INTERVAL", 300.0, _number(float, 0, above=True), _SECONDS)
+REQUEST_TIMEOUT = _setting("REQUEST_TIMEOUT", 30.0, _number(float, _ABOVE_0), _SECONDS)
+RETRY_FAILED_INTERVAL = _setting("RETRY_FAILED_INTERVAL", 300.0, _number(float, _ABOVE_0), _SECONDS)
 COMPRESS = _setting("COMPRESS", "none", _one_of("none", "gzip"), "gzip or none")  # for slow links
-KEEP_PROCESSED_DAYS = _setting("KEEP_PROCESSED_DAYS", 0.0, _number(float, 0), "a number of days (0: for ever)")
+KEEP_PROCESSED_DAYS = _setting("KEEP_PROCESSED_DAYS", 0.0, _number(float, 0), "a number of days, 0 for ever")
 LOGS_DIR = _setting("LOGS_DIR", Path(__file__).with_name("logs"), lambda s: Path(s).expanduser(), "a folder").absolute()
-LOG_LEVEL = _setting("LOG_LEVEL", "INFO", _one_of("DEBUG", "INFO", "WARNING", "ERROR"), "DEBUG, INFO, WARNING or ERROR")
+LOG_LEVEL = _setting("LOG_LEVEL", "INFO", _one_of(*_LEVELS), "DEBUG, INFO, WARNING or ERROR")
 
 PENDING_DIR = LOGS_DIR / "pending_upload"
 FAILED_DIR = LOGS_DIR / "failed_uploads"
@@ -164,14 +163,14 @@ REJECTED = ".rejected.json"
 TEMPORARY = ".sender.tmp"
 LONGEST_NAME = 255 - len(STATE)  # bytes
 
-BLOCK = 128 * 1024  # bytes read and proved at a time: large enough to be fast, small enough for the CPU's cache
-LONGEST_PACKET = 8 * 1024 * 1024  # bytes; a longer "packet" is damage, and is not worth the memory
+BLOCK = 64 * 1024  # bytes read and proved at a time: enough to be fast, and they stay in the CPU's cache
+LONGEST_PACKET = 8 * 1024 * 1024  # bytes; a longer one is damage, and not worth the memory
 REPLY_LIMIT = 8 * 1024  # bytes of a reply that are read
-RETRY_AFTER_LIMIT = 60  # seconds
+RETRY_AFTER_LIMIT = 60  # seconds of a Retry-After that are honoured
 
 
 def check_settings() -> None:
-    """Raise ValueError with one line per bad setting: its name, its value, what is allowed."""
+    """Raise ValueError with one line for each bad setting: its name, its value, what is allowed."""
     if _bad_settings:
         raise ValueError("\n".join(_bad_settings))
 
@@ -180,14 +179,14 @@ def check_settings() -> None:
 
 
 class Outcome(enum.Enum):
-    """What one POST came to; truthy only for success. Each member asks for a different move."""
+    """What one POST came to; truthy only for success. Each asks for a move of its own."""
 
     DELIVERED = "delivered"
-    UNREACHABLE = "no connection, or it broke: again later"
-    BUSY = "the server asks for patience (429, 502, 503, 504): again later"
+    UNREACHABLE = "no connection, or a broken one: again later"
+    BUSY = "429, 502, 503, 504, the server asks for patience: again later"
     TIMED_OUT = "no answer in time: again later, and smaller when it happens again"
     FAULT = "500, the server is broken or chokes on a packet: again later, then as REJECTED"
-    AGAIN = "any other passing trouble: again later"
+    AGAIN = "any other trouble that may pass: again later"
     REFUSED = "the configuration is wrong, for every file"
     TOO_LARGE = "413: a smaller batch"
     REJECTED = "400, 422, something in this batch: a smaller batch, until the offender is alone"
@@ -202,15 +201,15 @@ _AGAIN_LATER = (Outcome.UNREACHABLE, Outcome.BUSY, Outcome.TIMED_OUT, Outcome.FA
 _ENDS_SWEEP = (Outcome.UNREACHABLE, Outcome.BUSY, Outcome.TIMED_OUT, Outcome.REFUSED)
 
 
-@dataclasses.dataclass
+@dataclass
 class Answer:
-    """The answer to one batch: `outcome`, what to tell a person, and how long it took (seconds)."""
+    """What a batch came to, in words for a person: `headline` and `detail`. Times are seconds."""
 
     outcome: Outcome
     headline: str = ""
     detail: str = ""
     retry_after: float = 0
-    seconds: float = 0
+    took: float = 0
 
     def __bool__(self) -> bool:
         return bool(self.outcome)
@@ -220,15 +219,15 @@ class Answer:
         return f"{self.headline}: {self.detail}" if self.detail else self.headline
 
 
-@dataclasses.dataclass
+@dataclass
 class Link:
-    """What this process has learned about the server; carried from file to file."""
+    """What this process has learned about the server, carried from file to file."""
 
-    size: int = 0  # packets a batch may hold now; 0 means BATCH_SIZE
-    plain: bool = False  # compressed bodies were refused
+    batch_size: int = 0  # what batches have shrunk to; 0: they have not
+    plain: bool = False  # compressed requests were refused
     kept_alive: bool = False  # the last exchange left a connection open
-    down_since: float | None = None  # monotonic
-    sweep_when_back: bool = False  # a file failed, so the next success calls for a sweep
+    down_since: float | None = None  # monotonic time of the first failure after a success
+    sweep_when_back: bool = False  # files have failed since the last sweep
     sweep_now: bool = False
     accepted_at: str = ""  # time of the last success, as _now() writes it
 
@@ -236,17 +235,17 @@ class Link:
 _link = Link()
 _serving = False
 _stopping = False
-_told: dict[str, str] = {}  # trouble that lasts, by file: it is told once, not at every poll
+_told: dict[Path, str] = {}  # trouble that lasts is told once, not at every poll
 
 
 def stop_sender() -> None:
-    """Ask a running monitor_and_upload() to return: after its current request, or within a second of any wait."""
+    """Ask a running monitor_and_upload() to return: after its current request, within a second of any wait."""
     global _stopping
-    _stopping = _serving  # with no loop to stop, a direct call of process_json_file() must not be stopped instead
+    _stopping = _serving  # without a loop there is nothing to stop, and a later process_json_file() is not meant
 
 
 def _nap(seconds: float) -> bool:
-    """Wait; False when asked to stop. Short naps and a plain flag: an Event.set in a signal handler can deadlock."""
+    """Wait; False when asked to stop. A plain flag: Event.set in a signal handler can deadlock with Event.wait."""
     end = time.monotonic() + seconds
     while not _stopping and (left := end - time.monotonic()) > 0:
         time.sleep(min(left, 0.5))
@@ -254,23 +253,30 @@ def _nap(seconds: float) -> bool:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")  # sorts as text
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def _complain(path: Path, error: Exception, then: str) -> None:
-    """Tell of a file operation that failed, once for as long as it fails in the same way."""
-    text = f"{_printable(path.name)}: {_reason(error)}; {then}"
-    if _told.get(str(path)) != text:
-        _told[str(path)] = text
+def _duration(seconds: float) -> str:
+    for unit, noun in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= (unit if unit == 60 else 2 * unit):
+            return _count(int(seconds // unit), noun)
+    return _count(max(int(seconds), 0), "second")
+
+
+def _complain(path: Path, error: Exception, consequence: str) -> None:
+    """Tell of a file operation that failed: once, for as long as it fails in the same way."""
+    text = f"{_printable(path.name)}: {_reason(error)}; {consequence}"
+    if _told.get(path) != text:
+        _told[path] = text
         logger.error("%s", text)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The innermost cause of an error: what really happened, without the URLs that the outer ones carry."""
+    """The innermost cause of an error: what happened, without the URLs that the outer ones carry."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
     return error
@@ -279,15 +285,15 @@ def _cause(error: BaseException) -> BaseException:
 def _reason(error: BaseException) -> str:
     error = _cause(error)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if name := getattr(error, "filename2", None) or getattr(error, "filename", None):
-        text = f"{text} ({name})"
-    return _one_line(text)
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    return _one_line(f"{text} ({name})" if name else text)
 
 
 def _one_line(text: str) -> str:
-    """Foreign text made fit for the log: one printable line of at most 200 characters, secrets hidden."""
+    """Foreign text made fit for the log: one printable line of at most 200 characters, with secrets hidden."""
     url = urlsplit(SERVER_URL)
-    secrets = {API_TOKEN, url.query, *(value for word in (url.username, url.password) if word for value in (word, unquote(word)))}
+    secrets = {API_TOKEN, url.query, url.password or "", unquote(url.password or "")}
+    secrets |= {value for _, value in parse_qsl(url.query) if len(value) > 3}
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         text = text.replace(secret, "***")
     line = _printable(" ".join(text.split()))
@@ -301,7 +307,7 @@ def _public_url() -> str:
 
 # ---------------------------------------------------------------- where the platforms differ
 
-# Hostile or odd files are never followed, and opening one never blocks; Windows has neither flag nor FIFO.
+# Odd files are never followed, and opening one never blocks. Windows has neither these flags nor FIFOs.
 _OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
 
 if sys.platform == "win32":
@@ -311,11 +317,11 @@ if sys.platform == "win32":
     _BUSY_FILE_PAUSES = (0.1,) * 20  # seconds: a virus scanner holds a new file for a moment
 
     def _lock_file(fd: int, shared: bool = False) -> None:
-        os.lseek(fd, 1 << 20, os.SEEK_SET)  # a byte far behind the pid: a locked byte cannot be read
+        os.lseek(fd, 1 << 20, os.SEEK_SET)  # a byte far behind the pid, because a locked byte cannot be read
         msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
 
     def _sync_folder(folder: Path) -> None:
-        """Windows cannot flush a folder; NTFS journals its renames in order."""
+        """Windows cannot flush a folder; NTFS keeps its renames in order by its journal."""
 
 else:
     import fcntl
@@ -327,52 +333,55 @@ else:
         fcntl.flock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
 
     def _sync_folder(folder: Path) -> None:
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        with contextlib.suppress(OSError):  # some filesystems cannot; the step itself has been made
+            fd = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 # ---------------------------------------------------------------- the spool's files
 
 
+def _not_regular(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file, refused", str(path))
+
+
 def _open_regular(path: Path) -> BinaryIO:
-    """Open for reading, regular files only: checked before (a device may act on open) and after (it may be swapped)."""
-    for check in (os.lstat, None):
-        fd = -1 if check else os.open(path, os.O_RDONLY | _OPEN_FLAGS)
-        if not stat.S_ISREG((check(path) if check else os.fstat(fd)).st_mode):
-            if fd >= 0:
-                os.close(fd)
-            raise OSError(errno.EINVAL, "not a regular file, refused", str(path))
-    return open(fd, "rb")
+    """Open for reading; regular files only. Checked before, since a device may act on open, and after: it may be swapped."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise _not_regular(path)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _OPEN_FLAGS))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise _not_regular(path)
+    return file
 
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _holds(path: Path, content: bytes) -> bool:
-    with contextlib.suppress(OSError), _open_regular(path) as file:
-        return file.read() == content
-    return False
-
-
 def _free_path(folder: Path, name: str, suffix: str = "", content: bytes | None = None) -> Path:
     """Where `name` can go in `folder` without overwriting: X.json, X.1.json, … (X.rejected.json with that suffix).
 
-    A file that holds just `content` is free too: a crash came between its writing and the note of it.
+    A file that holds just `content` counts as free: a crash came between its writing and the note of it.
     """
     stem, own_suffix = os.path.splitext(name)
     for number in itertools.count():
         tail = (f".{number}" if number else "") + (suffix or own_suffix)
         while tail != own_suffix and len(os.fsencode(stem + tail)) > LONGEST_NAME:
             stem = stem[:-1]
-        # A capture must not pass for set-aside packets, which no sweep would ever send.
-        taken_for_rejected = folder == FAILED_DIR and not suffix and (stem + tail).endswith(REJECTED)
         path = folder / (stem + tail)
-        if not taken_for_rejected and (not os.path.lexists(path) or content is not None and _holds(path, content)):
+        if folder == FAILED_DIR and not suffix and path.name.endswith(REJECTED):
+            continue  # a capture by that name would pass for set-aside packets, and never be swept
+        if not os.path.lexists(path):
             return path
+        if content is not None:
+            with contextlib.suppress(OSError), _open_regular(path) as file:
+                if file.read() == content:
+                    return path
     raise AssertionError("unreachable")
 
 
@@ -386,21 +395,21 @@ def _rename(step: Callable[[Path, Path], None], source: Path, target: Path) -> N
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename durably: when this returns, no power cut brings the old name back."""
+    """Rename, durably: once this has returned, no power cut brings the old name back."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _rename(os.rename, source, target)
     _sync_folder(target.parent)
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Replace a file atomically and durably: at every moment `path` holds the old content or the new, whole."""
+    """Replace a file atomically and durably: at any moment `path` holds the old content or the new, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(TEMPORARY)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # before the rename: else a power cut could leave the new name with no content
+            os.fsync(file.fileno())  # before the rename: a power cut could else leave the new name without content
         _rename(os.replace, temporary, path)
     except OSError:
         _remove(temporary)
@@ -409,85 +418,74 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    """Remove a file of ours that nobody needs any more; where that fails, a later sweep removes it."""
+    with contextlib.suppress(OSError):
         os.unlink(path)
 
 
-def _forget(record: Path) -> None:
-    """Remove a record whose file has moved on. It must not fail the move; what is left belongs to no file."""
-    _unsaved.pop(record, None)
-    with contextlib.suppress(OSError):
-        os.unlink(record)
-
-
-@dataclasses.dataclass
+@dataclass
 class Progress:
     """How far one file got: the content of X.json.state, for the next round and for the person who asks."""
 
     size: int  # bytes
-    mtime_ns: int  # with `size`: the file this belongs to
+    mtime_ns: int  # with `size`: the file that this belongs to
     packets: int = -1  # in the file; -1 until it has been read
-    uploaded: int = 0  # packets that need not be sent any more, in file order
-    batch_size: int = 0
+    uploaded: int = 0  # packets done with, from the file's beginning
+    batch_size: int = 1
     attempts: int = 0  # rounds that failed
     last_error: str = ""
     time: str = ""  # of the last failure, UTC
     unreadable: bool = False  # not JSON: not read again until it changes
-    failed_to: int = 0  # end of the batch that the last round failed on with a time-out or a 500
-    rejected: list[list[Any]] = dataclasses.field(default_factory=list)  # [packet's index, the server's reason]
+    failed_to: int = 0  # end of the batch on which the last round failed with a time-out or a 500
+    rejected: list[tuple[int, str]] = field(default_factory=list)  # a packet's index, the server's reason
 
     @property
     def complete(self) -> bool:
         return self.uploaded == self.packets and not self.rejected
 
-    def to_json(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), indent=1).encode()
-
-    def key(self) -> tuple[int, int]:
-        """What must be on disk before the next POST."""
+    def next_batch(self) -> tuple[int, int]:
         return self.uploaded, self.batch_size
 
-    def valid(self) -> bool:
-        numbers = (self.size, self.mtime_ns, self.packets, self.uploaded, self.batch_size, self.attempts, self.failed_to)
-        return (
-            all(type(number) is int for number in numbers)
-            and 0 <= self.uploaded <= max(self.packets, 0)
-            and 0 < self.batch_size
-            and isinstance(self.last_error, str)
-            and isinstance(self.time, str)
-            and all(type(i) is int and 0 <= i < self.uploaded and isinstance(why, str) for i, why in self.rejected)
-        )
+    def belongs_to(self, status: os.stat_result) -> bool:
+        return (self.size, self.mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Progress:
+        """Raises ValueError, TypeError or RecursionError for what to_json() cannot have written."""
+        progress = cls(**json.loads(text))
+        blank = cls(0, 0)
+        if any(type(value) is not type(getattr(blank, name)) for name, value in vars(progress).items()):
+            raise TypeError("wrong types")
+        if not 0 <= progress.uploaded <= max(progress.packets, 0) or progress.batch_size < 1:
+            raise ValueError("wrong numbers")
+        progress.rejected = [(range(progress.uploaded)[index], str(why)) for index, why in progress.rejected]
+        return progress
 
 
-_unsaved: dict[Path, Progress] = {}  # progress that a full disk kept from its file
-
-
-def _read_record(record: Path) -> Progress | None:
-    """The progress in a state file; None where there is none. Raises ValueError where it is damaged."""
-    try:
-        with _open_regular(record) as file:
-            progress = Progress(**json.load(file))
-        if progress.valid():
-            return progress
-    except FileNotFoundError:
-        return None
-    except (TypeError, ValueError, OSError, RecursionError):
-        pass  # garbage of any kind: said below
-    raise ValueError("not a progress record, damaged")
+_unsaved: dict[Path, Progress] = {}  # what a full disk kept from its file
 
 
 def _load_progress(data: Path, record: Path) -> Progress:
-    """The progress of `data`, from `record` if that belongs to this very file, else a fresh one."""
+    """The progress of `data`: from `record`, if that belongs to this very file, else a fresh one."""
     status = os.lstat(data)
-    fresh = Progress(status.st_size, status.st_mtime_ns, batch_size=min(_link.size or BATCH_SIZE, BATCH_SIZE))
+    size = min(_link.batch_size or BATCH_SIZE, BATCH_SIZE)
+    fresh = Progress(status.st_size, status.st_mtime_ns, batch_size=size)
     try:
-        progress = _unsaved.get(record) or _read_record(record)
-    except ValueError as error:
-        _complain(record, error, "it is ignored, the upload starts from the first packet")
+        progress = _unsaved.get(record)
+        if not progress:
+            with _open_regular(record) as file:
+                progress = Progress.from_json(file.read(LONGEST_PACKET))
+    except FileNotFoundError:
         return fresh
-    if progress and (progress.size, progress.mtime_ns) == (fresh.size, fresh.mtime_ns):
-        return dataclasses.replace(progress, batch_size=min(progress.batch_size, BATCH_SIZE))
-    return fresh
+    except (OSError, ValueError, TypeError, IndexError, RecursionError) as error:
+        _complain(record, error, "this record is damaged and ignored, the upload starts from the first packet")
+        return fresh
+    if not progress.belongs_to(status):
+        return fresh
+    return replace(progress, batch_size=min(progress.batch_size, BATCH_SIZE), rejected=[*progress.rejected])
 
 
 def _save_progress(record: Path, progress: Progress) -> None:
@@ -495,10 +493,16 @@ def _save_progress(record: Path, progress: Progress) -> None:
     try:
         _write(record, progress.to_json())
         _unsaved.pop(record, None)
-        _told.pop(str(record), None)
+        _told.pop(record, None)
     except OSError as error:
-        _unsaved[record] = dataclasses.replace(progress, rejected=list(progress.rejected))
+        _unsaved[record] = replace(progress, rejected=[*progress.rejected])
         _complain(record, error, "the upload goes on, but a crash now would send packets again")
+
+
+def _forget(record: Path) -> None:
+    _unsaved.pop(record, None)
+    _told.pop(record, None)
+    _remove(record)
 
 
 # ---------------------------------------------------------------- reading
@@ -509,9 +513,10 @@ class Batch(NamedTuple):
 
     body: bytes
     packets: int
-    label: str = ""  # the file's name, for the log
-    progress: str = ""  # "3,000/20,000 packets" once this batch is delivered
-    attempts: int = 0  # 0 means MAX_RETRIES
+    label: str = ""  # "X.json: ", for the log
+    progress: str = ""  # " (3,000/20,000 packets)", once this batch is delivered
+    attempts: int = 0  # 0: MAX_RETRIES
+
 
 _WHITE = b" \t\r\n"
 _OPENING = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[[ \t\r\n]*(\]?)")
@@ -622,13 +627,18 @@ def _index(file: BinaryIO) -> array[int]:
     return starts
 
 
+def _changed(path: Path) -> OSError:
+    return OSError(errno.EBUSY, "it changed while it was read", str(path))
+
+
 class Capture:
-    """A capture file, open and proved; batches are cut from its own text. Raises OSError, and ValueError as _index()."""
+    """A capture file, open and proved, from which batches are cut. Raises OSError, and ValueError as _index() does."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = _open_regular(path)
         try:
-            self.identity = self._identify()
+            self.status = os.fstat(self._file.fileno())
             self._starts = _index(self._file)
         except BaseException:
             self._file.close()
@@ -643,16 +653,13 @@ class Capture:
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def _identify(self) -> tuple[int, int]:
-        status = os.fstat(self._file.fileno())
-        return status.st_size, status.st_mtime_ns
-
     def cut(self, start: int, stop: int) -> bytes:
-        """Packets start to stop as a JSON array, their bytes and what stands between them as in the file."""
+        """Packets `start` to `stop` as a JSON array: their bytes, and what stands between them, as in the file."""
         self._file.seek(self._starts[start])
         text = self._file.read(self._starts[stop] - self._starts[start])
-        if self._identify() != self.identity:
-            raise OSError(errno.EBUSY, "it changed while it was read", self._file.name)
+        status = os.fstat(self._file.fileno())
+        if (status.st_size, status.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+            raise _changed(self._path)  # what was proved is no more
         return b"".join((b"[", memoryview(text)[: text.rfind(b"}") + 1], b"]"))
 
 
@@ -667,9 +674,9 @@ def read_json_file(json_path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class _Countdown(io.RawIOBase):
-    """The read side of a socket whose time-out holds for a whole reply; the socket's own starts anew with every byte."""
+    """The read side of a socket whose time-out holds for a whole reply; a socket's own starts anew with every byte."""
 
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
+    def __init__(self, sock: socket.socket, raw: Any) -> None:
         self._sock, self._raw = sock, raw
         self._end = time.monotonic() + (sock.gettimeout() or REQUEST_TIMEOUT)
 
@@ -681,7 +688,8 @@ class _Countdown(io.RawIOBase):
         if left <= 0:
             raise socket.timeout("timed out")
         self._sock.settimeout(left)
-        return self._raw.readinto(buffer)
+        received: int | None = self._raw.readinto(buffer)
+        return received
 
     def close(self) -> None:
         self._raw.close()
@@ -703,7 +711,7 @@ class _HTTPSConnection(urllib3.connection.HTTPSConnection):
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
-    """requests' own adapter, with replies that cannot drip for ever."""
+    """requests' own adapter, but no reply can drip for ever."""
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
@@ -717,54 +725,61 @@ def _bearer(request: requests.PreparedRequest) -> requests.PreparedRequest:
 
 
 @functools.lru_cache(maxsize=1)
-def _connect(url: str, token: str) -> tuple[requests.adapters.BaseAdapter, requests.PreparedRequest, Any]:
-    """The one session: its adapter (which holds the connection), a prepared POST, and the arguments to send it with.
+def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedRequest, Any]:
+    """The one session, a prepared POST, and the arguments to send it with.
 
-    Proxies, the CA bundle and .netrc are looked up here, once, and not at every request as a session does: that
-    would be half of a request's cost.
+    Proxies, CA bundle and .netrc are looked up here, once; a session does so at every request, at half of its cost.
     """
     session = requests.Session()
     session.mount("http://", _Adapter())
     session.mount("https://", _Adapter())
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": f"sender.py/{__version__}"}
-    request = session.prepare_request(requests.Request("POST", url, headers=headers, auth=_bearer if token else None))
-    bundle = _ENVIRONMENT.get("REQUESTS_CA_BUNDLE") or None  # requests itself would not look into .env
-    return session.get_adapter(url), request, session.merge_environment_settings(url, {}, True, bundle, None)
+    headers = {
+        "Content-Type": "application/json",
+        "Accept-Encoding": "identity",
+        "User-Agent": f"sender.py/{__version__}",
+    }
+    # A callable as auth keeps requests from looking into .netrc and the URL: the token wins.
+    post = session.prepare_request(requests.Request("POST", url, headers=headers, auth=_bearer if token else None))
+    bundle = _environment.get("REQUESTS_CA_BUNDLE") or None  # requests does not know .env
+    return session, post, session.merge_environment_settings(url, {}, True, bundle, None)
 
 
-def _post(batch: Batch, compressed: bool) -> tuple[int, requests.structures.CaseInsensitiveDict[str], str]:
-    """Exactly one POST: status, headers and the beginning of the reply's text. Raises OSError, urllib3's HTTPError.
+def _send(request: requests.PreparedRequest, timeout: float) -> requests.Response:
+    """Send through the session's adapter, not the session: that would read a redirect's endless body to its end.
 
-    Redirects are not followed: requests would turn the POST into a GET, and a login page's 200 would look like success.
+    So redirects are not followed: a POST would become a GET, and a login page's 200 would look like success.
     """
-    adapter, template, arguments = _connect(SERVER_URL, API_TOKEN)
-    request = template.copy()
+    session, _, arguments = _session(SERVER_URL, API_TOKEN)
+    return session.get_adapter(SERVER_URL).send(request, timeout=timeout, **arguments)
+
+
+def _post(batch: Batch, compress: bool) -> tuple[int, Any, str]:
+    """One POST: status, headers and the beginning of the reply's text. Raises OSError and urllib3's HTTPError."""
+    request = _session(SERVER_URL, API_TOKEN)[1].copy()
     request.headers["Idempotency-Key"] = f'"{hashlib.sha256(batch.body).hexdigest()}"'
-    request.body = gzip.compress(batch.body, 6, mtime=0) if compressed else batch.body
-    if compressed:
+    request.body = gzip.compress(batch.body, 6, mtime=0) if compress else batch.body
+    if compress:
         request.headers["Content-Encoding"] = "gzip"
     request.headers["Content-Length"] = str(len(request.body))
-    used, _link.kept_alive = _link.kept_alive, False
+    reused, _link.kept_alive = _link.kept_alive, False
     try:
-        response = adapter.send(request, timeout=REQUEST_TIMEOUT, **arguments)
+        response = _send(request, REQUEST_TIMEOUT)
     except requests.ConnectionError as error:
-        # A kept-alive connection that the server closed at this very moment says nothing about the server: the POST
-        # goes out again on a new one. The key makes that safe (RFC 9110, section 9.2.2).
-        if not used or not isinstance(_cause(error), (ConnectionError, ssl.SSLEOFError)):
+        # A server may close an idle connection at the very moment that it is used again. That is no failure, and the
+        # key makes it safe to send once more at once (RFC 9110, section 9.2.2).
+        if not (reused and isinstance(_cause(error), (ConnectionError, ssl.SSLEOFError))):
             raise
-        response = adapter.send(request, timeout=REQUEST_TIMEOUT, **arguments)
-    try:
-        text = response.raw.read(REPLY_LIMIT, decode_content=False)
-        _link.kept_alive = len(text) < REPLY_LIMIT
-    except (OSError, urllib3.exceptions.HTTPError):
-        if 200 <= response.status_code < 300:  # a 2xx counts only when it has arrived whole
-            raise
-        text = b""
-    finally:
-        if not _link.kept_alive:
-            response.raw.close()
-        response.close()
-    return response.status_code, response.headers, text.decode(errors="replace")
+        response = _send(request, REQUEST_TIMEOUT)
+    with contextlib.closing(response.raw):  # what is not read to its end is not kept alive
+        try:
+            text = response.raw.read(REPLY_LIMIT, decode_content=False)
+        except (OSError, urllib3.exceptions.HTTPError):
+            if 200 <= response.status_code < 300:  # success counts only when it has arrived whole
+                raise
+            text = b""
+        else:
+            _link.kept_alive = len(text) < REPLY_LIMIT
+        return response.status_code, response.headers, text.decode(errors="replace")
 
 
 def _classify(status: int, compressed: bool) -> Outcome:
@@ -786,109 +801,104 @@ def _classify(status: int, compressed: bool) -> Outcome:
     return Outcome.REFUSED
 
 
-def _advice(status: int, headers: requests.structures.CaseInsensitiveDict[str]) -> str:
-    """What a person can mend when the server refuses everything."""
-    if 300 <= status < 400:
-        return f"it points to {_one_line(headers.get('Location', 'nowhere'))}; put the server's own address into SERVER_URL"
-    if status in (401, 403):
-        return "check API_TOKEN"
-    return "check SERVER_URL"
-
-
 def _retry_after(value: str) -> float:
     """Seconds that a Retry-After header asks for (RFC 9110, section 10.2.3: a number or a date); 0 for nonsense."""
     try:
-        wait = float(int(value)) if value.isdigit() else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        wait = float(value) if value.isdigit() else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
     except (TypeError, ValueError, OverflowError):
         return 0
     return min(max(wait, 0), RETRY_AFTER_LIMIT)
 
 
-def _answer(batch: Batch, compressed: bool) -> Answer:
+def _ask(batch: Batch, compress: bool) -> Answer:
+    """POST a batch and put what came of it into words."""
     try:
-        status, headers, text = _post(batch, compressed)
+        status, headers, text = _post(batch, compress)
     except (OSError, urllib3.exceptions.HTTPError) as error:  # requests' exceptions are OSErrors
         return _network_answer(error)
-    outcome = _classify(status, compressed)
+    outcome, detail = _classify(status, compress), _one_line(text)
     if outcome:
         _check_count(batch, text)
-        return Answer(outcome)
-    detail = _one_line(text)
     if outcome is Outcome.REFUSED:
-        detail = _advice(status, headers) + (f" ({detail})" if detail else "")
+        advice = "check API_TOKEN" if status in (401, 403) else "check SERVER_URL"
+        if 300 <= status < 400:
+            advice += f", the server points to {_one_line(headers.get('Location', 'nowhere'))}"
+        detail = f"{advice}; {detail}" if detail else advice
     headline = f"Server error: {status} {http.client.responses.get(status, '')}".rstrip()
     return Answer(outcome, headline, detail, _retry_after(headers.get("Retry-After", "")))
 
 
-def _network_answer(error: BaseException) -> Answer:
-    cause = _cause(error)
+def _network_answer(error: Exception) -> Answer:
+    server, cause = _public_url(), _cause(error)
     if isinstance(cause, ssl.SSLCertVerificationError):
-        advice = f"{_one_line(cause.verify_message)}; check SERVER_URL, or name its CA in REQUESTS_CA_BUNDLE"
-        return Answer(Outcome.REFUSED, f"Cannot trust server {_public_url()}", advice)
-    connecting = isinstance(error, requests.ConnectTimeout) or isinstance(
-        getattr(error.args[0] if error.args else None, "reason", None), urllib3.exceptions.NewConnectionError
-    )
-    if isinstance(cause, (socket.timeout, urllib3.exceptions.ReadTimeoutError)) and not connecting:
-        return Answer(Outcome.TIMED_OUT, "Request timed out", f"no whole answer within {REQUEST_TIMEOUT:g} seconds")
+        advice = f"{_one_line(cause.verify_message)}; check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE"
+        return Answer(Outcome.REFUSED, f"Cannot trust server {server}", advice)
     if not isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError)):  # such as a missing CA bundle
-        return Answer(Outcome.REFUSED, f"Cannot send to server {_public_url()}", _reason(error))
-    return Answer(Outcome.UNREACHABLE, f"Cannot connect to server {_public_url()}", _reason(error))
+        return Answer(Outcome.REFUSED, f"Cannot send to server {server}", _reason(error))
+    wrapped = getattr(error.args[0] if error.args else None, "reason", None)
+    connecting = isinstance(wrapped, (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.ProxyError))
+    if connecting or isinstance(wrapped, urllib3.exceptions.NewConnectionError):
+        through = " through the proxy" if isinstance(error, requests.exceptions.ProxyError) else ""
+        return Answer(Outcome.UNREACHABLE, f"Cannot connect to server {server}{through}", _reason(error))
+    if isinstance(cause, (socket.timeout, urllib3.exceptions.TimeoutError)):
+        return Answer(Outcome.TIMED_OUT, "Request timed out", f"no complete answer within {REQUEST_TIMEOUT:g} seconds")
+    return Answer(Outcome.UNREACHABLE, f"No usable answer from server {server}", _reason(error))
 
 
 def _check_count(batch: Batch, text: str) -> None:
-    """Warn when the server's own count is below ours."""
-    try:
+    """Warn where the server's own count is below ours."""
+    with contextlib.suppress(ValueError, RecursionError):  # the reply need not be JSON
         reply = json.loads(text)
-    except (ValueError, RecursionError):
-        return  # it need not be JSON
-    for field in ("packets_received", "raw_packets"):
-        received = reply.get(field) if isinstance(reply, dict) else None
-        if isinstance(received, int) and received < batch.packets:
-            logger.warning("%s: sent %d packets, but the server says %s: %d", batch.label, batch.packets, field, received)
+        for name in ("packets_received", "raw_packets"):
+            received = reply.get(name) if isinstance(reply, dict) else None
+            if isinstance(received, int) and received < batch.packets:
+                logger.warning(
+                    "%ssent %d packets, but the server's %s is %d", batch.label, batch.packets, name, received
+                )
 
 
 def upload_packets(packets: list[dict[str, Any]] | Batch, retry_count: int = 0) -> Answer:
-    """Exactly one POST of one batch; the answer is truthy only on success. `retry_count` is for the log: attempts before.
+    """Exactly one POST of one batch; the answer is truthy only on success. An empty list needs none.
 
-    Never raises for what a server or network does. A list is sent as json.dumps writes it.
+    `retry_count` is the number of attempts before, for the log. Never raises for what a server or network does.
     """
-    if not isinstance(packets, Batch):
-        packets = Batch(json.dumps(packets, allow_nan=False).encode(), len(packets), "packets")
-    if not packets.packets:
+    batch = (
+        packets if isinstance(packets, Batch) else Batch(json.dumps(packets, allow_nan=False).encode(), len(packets))
+    )
+    if not batch.packets:
         return Answer(Outcome.DELIVERED)
     started = time.monotonic()
-    answer = _answer(packets, COMPRESS == "gzip" and not _link.plain)
-    answer.seconds = time.monotonic() - started
+    answer = _ask(batch, compress=COMPRESS == "gzip" and not _link.plain)
+    answer.took = time.monotonic() - started
     if answer:
-        logger.info("✓ Successfully uploaded %d packets: %s%s", packets.packets, packets.label, packets.progress)
-        _server_accepts()
+        logger.info("%s✓ Successfully uploaded %d packets%s", batch.label, batch.packets, batch.progress)
+        _note_success()
         return answer
+    attempt = f" (attempt {retry_count + 1}/{batch.attempts or MAX_RETRIES})" if answer.outcome in _AGAIN_LATER else ""
     level = logging.ERROR if answer.outcome is Outcome.REFUSED else logging.WARNING
-    attempt = f" (attempt {retry_count + 1}/{packets.attempts or MAX_RETRIES})" if answer.outcome in _AGAIN_LATER else ""
-    logger.log(level, "%s: %s%s%s", packets.label, answer.headline, attempt, answer.detail and f": {answer.detail}")
-    if answer.outcome in (*_AGAIN_LATER, Outcome.REFUSED) and _link.down_since is None:
+    logger.log(level, "%s%s%s%s", batch.label, answer.headline, attempt, answer.detail and f": {answer.detail}")
+    if _link.down_since is None and (attempt or answer.outcome is Outcome.REFUSED):
         _link.down_since = started
     return answer
 
 
-def _server_accepts() -> None:
-    """Note a success; after a failure, say how long it lasted and have the failed files swept."""
+def _note_success() -> None:
+    """The server accepts: after a failure, tell how long it did not, and have the failed files swept."""
     _link.accepted_at = _now()
     if _link.down_since is not None:
-        away = _duration(time.monotonic() - _link.down_since)
-        logger.info("The server accepts uploads again after %s; waiting: %s", away, _count(_waiting(), "file"))
-        _link.down_since = None
+        away, _link.down_since = time.monotonic() - _link.down_since, None
+        logger.info("The server is back after %s; %s waiting", _duration(away), _count(len(_waiting()), "file"))
     if _link.sweep_when_back:
         _link.sweep_when_back, _link.sweep_now = False, True
 
 
 def upload_with_retry(packets: list[dict[str, Any]] | Batch) -> Answer:
-    """Up to MAX_RETRIES attempts (a Batch may ask for fewer) with doubling waits; truthy only on success.
+    """Up to MAX_RETRIES attempts (a Batch may ask for fewer); truthy only on success.
 
-    Only what may pass by itself is tried again. A Retry-After is heeded where it asks for more; up to 10 % of jitter
-    keeps a fleet of senders from coming back in step. stop_sender() ends the wait, and the answer is the last one.
+    Waits RETRY_DELAY before the second attempt, then twice that, and so on; longer where a Retry-After asks for it. Up
+    to 10 % of jitter keeps many senders from coming back in step. stop_sender() ends the wait.
     """
-    attempts = packets.attempts if isinstance(packets, Batch) and packets.attempts else MAX_RETRIES
+    batch = packets if isinstance(packets, Batch) else None
     for attempt in itertools.count():
         answer = upload_packets(packets, attempt)
         if answer.outcome is Outcome.TRY_PLAIN:
@@ -896,12 +906,12 @@ def upload_with_retry(packets: list[dict[str, Any]] | Batch) -> Answer:
             answer = upload_packets(packets, attempt)
             _link.plain = bool(answer)
             if answer:
-                logger.warning("The server accepts plain requests only: compression stays off")
-        if answer.outcome not in _AGAIN_LATER or attempt + 1 >= attempts:
+                logger.warning("The server takes plain requests only: compression stays off")
+        if answer.outcome not in _AGAIN_LATER or attempt + 1 >= (batch and batch.attempts or MAX_RETRIES):
             return answer
         delay = max(RETRY_DELAY * 2 ** min(attempt, 20), answer.retry_after)
-        logger.info("Retrying in %g seconds...", round(delay, 1))
-        if not _nap(delay * random.uniform(1, 1.1)):
+        logger.info("%sRetrying in %g seconds...", batch.label if batch else "", round(delay, 1))
+        if not _nap(delay * random.uniform(1, 1.1)):  # noqa: S311
             return answer
     raise AssertionError("unreachable")
 
@@ -912,73 +922,73 @@ def upload_with_retry(packets: list[dict[str, Any]] | Batch) -> Answer:
 def _learn(progress: Progress, sent: int, answer: Answer) -> bool:
     """Move `progress` on by the answer to a batch of `sent` packets; False when this round of the file is over.
 
-    The one mechanism behind 413, slow answers, time-outs and rejected packets: the batch size, halved where the
-    answer says that a batch was too much, growing back after every success.
+    One mechanism serves 413, slow answers, time-outs and rejected packets: the batch size, halved where the answer
+    says that a batch was too much, and growing back with every success.
     """
-    outcome, end = answer.outcome, progress.uploaded + sent
+    outcome, end, half = answer.outcome, progress.uploaded + sent, max(1, sent // 2)
     failed_before = progress.uploaded < progress.failed_to
     works_for_others = bool(progress.time) and _link.accepted_at > progress.time
     if outcome is Outcome.FAULT and failed_before and works_for_others:
         outcome = Outcome.REJECTED
     if outcome:
         progress.uploaded = end
-        half = REQUEST_TIMEOUT / 2
-        bearable = int(sent * half / max(answer.seconds, 1e-3))
-        progress.batch_size = max(1, sent // 2) if answer.seconds > half else max(
-            progress.batch_size, min(2 * progress.batch_size, BATCH_SIZE, bearable)
-        )
+        bearable = int(sent * REQUEST_TIMEOUT / 2 / max(answer.took, 1e-3))  # packets, at the pace of this answer
+        grown = max(progress.batch_size, min(2 * progress.batch_size, BATCH_SIZE, bearable))
+        progress.batch_size = half if answer.took > REQUEST_TIMEOUT / 2 else grown
         return True
     if outcome in (Outcome.TOO_LARGE, Outcome.REJECTED):
-        progress.batch_size = max(1, sent // 2)
-        return sent > 1 or _refuse_packet(progress, answer, works_for_others)
+        progress.batch_size = half
+        return sent > 1 or _pass_over(progress, answer, works_for_others)
     if outcome is Outcome.TIMED_OUT and failed_before:
-        progress.batch_size = max(1, sent // 2)
+        progress.batch_size = half
     if outcome in (Outcome.TIMED_OUT, Outcome.FAULT):
         progress.failed_to = end
     return False
 
 
-def _refuse_packet(progress: Progress, answer: Answer, works_for_others: bool) -> bool:
-    """Pass over one packet that is refused alone; but where it is not about a packet, go back and end the round.
+def _pass_over(progress: Progress, answer: Answer, works_for_others: bool) -> bool:
+    """Pass over one packet that is refused alone; False where it is not about this packet, with nothing passed over.
 
-    It is not about a packet when three in a row are refused, or every packet of a file so short that there are not
-    three, unless the server has accepted others since that happened before.
+    It is not when three in a row are refused, or every packet of a file that has no three, unless the server has
+    accepted others since this file failed.
     """
-    progress.rejected.append([progress.uploaded, answer.reason])
+    progress.rejected.append((progress.uploaded, answer.reason))
     progress.uploaded += 1
-    row = 0
-    while row < len(progress.rejected) and progress.rejected[-row - 1][0] == progress.uploaded - row - 1:
+    row = 1
+    while progress.rejected[-row:][0][0] == progress.uploaded - row and row <= len(progress.rejected):
         row += 1
-    if row >= 3 or (row == progress.packets and not works_for_others):
-        del progress.rejected[-row:]
-        progress.uploaded -= row
-        return False
-    return True
+    row -= 1
+    if row < 3 and (row < progress.packets or works_for_others):
+        return True
+    del progress.rejected[-row:]
+    progress.uploaded -= row
+    return False
 
 
 def _upload(capture: Capture, record: Path, name: str, progress: Progress, attempts: int) -> Answer | None:
-    """Upload what `progress` says is left; None when stopped, else the last answer.
+    """Upload what `progress` says is left; the last answer, or None when stopped.
 
-    Before each POST the record on disk says which batch goes out. A crash then repeats that one batch and no other,
-    byte for byte and under its old key, whether or not the server got it.
+    Before each POST the record on disk says which batch goes out. So a crash repeats that one batch and no other, byte
+    for byte and under its old key, whether or not the server got it.
     """
-    on_disk = progress.key() if progress.packets >= 0 else (0, BATCH_SIZE)
+    on_disk = progress.next_batch() if progress.packets >= 0 else (0, BATCH_SIZE)
     progress.packets = len(capture)
     while progress.uploaded < progress.packets:
-        if progress.key() != on_disk:
+        if progress.next_batch() != on_disk:
             _save_progress(record, progress)
-            on_disk = progress.key()
+            on_disk = progress.next_batch()
         if _stopping:
             return None
         stop = min(progress.uploaded + progress.batch_size, progress.packets)
-        told = f" ({stop:,}/{progress.packets:,} packets)" if progress.packets > BATCH_SIZE else ""
         sent = stop - progress.uploaded
-        batch = Batch(capture.cut(progress.uploaded, stop), sent, _printable(name), told, attempts)
-        answer = upload_with_retry(batch)
+        told = f" ({stop:,}/{progress.packets:,} packets)" if sent < progress.packets else ""
+        answer = upload_with_retry(
+            Batch(capture.cut(progress.uploaded, stop), sent, f"{_printable(name)}: ", told, attempts)
+        )
         if _stopping and not answer:
             return None
         goes_on = _learn(progress, sent, answer)
-        _link.size = progress.batch_size
+        _link.batch_size = progress.batch_size
         if not goes_on:
             return answer
     if progress.rejected:
@@ -987,41 +997,41 @@ def _upload(capture: Capture, record: Path, name: str, progress: Progress, attem
 
 
 def _set_aside(capture: Capture, record: Path, name: str, progress: Progress) -> None:
-    """Keep the packets that the server refused one by one in X.rejected.json, its reasons beside them."""
-    content = b"[" + b",\n".join(capture.cut(i, i + 1)[1:-1] for i, _ in progress.rejected) + b"]\n"
+    """Keep the packets that the server refused one by one in X.rejected.json, with its reasons beside them."""
+    content = b"[" + b",\n".join(capture.cut(index, index + 1)[1:-1] for index, _ in progress.rejected) + b"]\n"
+    reasons = [{"packet": index + 1, "reason": reason} for index, reason in progress.rejected]
     target = _free_path(FAILED_DIR, name, REJECTED, content)
-    reasons = [{"packet": i + 1, "reason": reason} for i, reason in progress.rejected]
     _write(target, content)
     _write(_beside(target, STATE), json.dumps({"file": name, "rejected": reasons}, indent=1).encode())
-    kept = _count(len(reasons), "packet")
-    logger.error("%s: %s refused by the server, set aside in failed_uploads/%s", _printable(name), kept, _printable(target.name))
-    progress.rejected = []  # only now: a crash before this finds the same content in place, and writes it no second time
+    progress.rejected = []  # only now: after a crash before this, the same content goes to the same place again
     _save_progress(record, progress)
+    what = f"the server rejects {_count(len(reasons), 'packet')}, kept in failed_uploads/{_printable(target.name)}"
+    logger.error("%s: %s: %s", _printable(name), what, reasons[0]["reason"])
 
 
 def _round(data: Path, record: Path, name: str, attempts: int) -> Answer | None:
-    """One round of one file: upload what is left, then move it. None when stopped; raises OSError where files fail."""
+    """One round of one file: upload what is left, then move it. None when stopped; OSError where a file fails us."""
     progress = _load_progress(data, record)
-    was_complete = progress.complete
+    only_move = progress.complete
     answer: Answer | None = Answer(Outcome.DELIVERED)
-    if not was_complete:
+    if not only_move:
         try:
             with Capture(data) as capture:
-                if capture.identity != (progress.size, progress.mtime_ns):
-                    raise OSError(errno.EBUSY, "it changed while it was read", str(data))
+                if not progress.belongs_to(capture.status):
+                    raise _changed(data)
                 answer = _upload(capture, record, name, progress, attempts)
         except ValueError as error:
             progress.unreadable = True
             answer = Answer(Outcome.UNREADABLE, "Not a capture", _one_line(str(error)))
     if answer:
-        _done(data, record, name, progress, was_complete)
+        _done(data, record, name, progress, only_move)
     elif answer is not None:
         _failed(data, record, name, progress, answer)
     return answer
 
 
 def _done(data: Path, record: Path, name: str, progress: Progress, noted: bool) -> None:
-    """Move a delivered file to processed/. Where that fails, the record says that only the move is left."""
+    """Move a delivered file to processed/. Where that fails, its record says that only the move is left."""
     target = _free_path(PROCESSED_DIR, name)
     try:
         _move(data, target)
@@ -1029,54 +1039,56 @@ def _done(data: Path, record: Path, name: str, progress: Progress, noted: bool) 
         if not noted:
             _save_progress(record, progress)
         raise
-    _forget(record)  # after the move: a crash between the two leaves a record that belongs to no file, see _scan()
-    with contextlib.suppress(OSError):  # KEEP_PROCESSED_DAYS would then count from the capture's own time
+    _forget(record)  # last: a crash before this leaves a record without a file, and no file without its record
+    with contextlib.suppress(OSError):  # KEEP_PROCESSED_DAYS then counts from the capture, not from the upload
         os.utime(target)
     renamed = "" if target.name == name else f", kept as {_printable(target.name)}"
     logger.info("✓ %s processed successfully (%d packets)%s", _printable(name), progress.packets, renamed)
 
 
 def _failed(data: Path, record: Path, name: str, progress: Progress, answer: Answer) -> None:
-    """Note why a file failed, and move it to failed_uploads/ if it is not there yet."""
+    """Note why a file failed, and move it to failed_uploads/ where it is not there yet."""
     progress.attempts += 1
     progress.last_error, progress.time = answer.reason, _now()
-    where = "stays in"
+    what = f"{_printable(name)} stays in failed_uploads/"
     if data.parent == FAILED_DIR:
         _save_progress(record, progress)
     else:
         target = _free_path(FAILED_DIR, name)
-        # The record goes first: between the two steps the file is still taken, with its old record; the other way
-        # round it would stand in failed_uploads/ with no progress, and all of it would be sent again.
+        # The record first: a crash between the two leaves the file taken, with its old record. The other way round it
+        # would stand in failed_uploads/ without any, and all of it would be sent again.
         _write(_beside(target, STATE), progress.to_json())
         _move(data, target)
         _forget(record)
-        where, name = "moved to", target.name
+        renamed = "" if target.name == name else f" as {_printable(target.name)}"
+        what = f"{_printable(name)} moved to failed_uploads/{renamed}"
+        _link.sweep_when_back |= answer.outcome is not Outcome.UNREADABLE
+    _link.sweep_when_back |= answer.outcome is Outcome.UNREACHABLE
+    done = f" ({progress.uploaded:,}/{progress.packets:,} packets uploaded)" if progress.uploaded else ""
+    then = f"next try within {RETRY_FAILED_INTERVAL:g} seconds"
     if answer.outcome is Outcome.UNREADABLE:
-        then = "it is kept, and read again when it changes"
-    else:
-        _link.sweep_when_back |= where == "moved to" or answer.outcome is Outcome.UNREACHABLE
-        then = f"{progress.uploaded:,}/{progress.packets:,} packets uploaded; next try within {RETRY_FAILED_INTERVAL:g} seconds"
+        then = "nothing was sent; it is kept, and read again when it changes"
     level = logging.WARNING if answer.outcome in _AGAIN_LATER else logging.ERROR
-    logger.log(level, "✗ %s %s failed_uploads/ (%s): %s", _printable(name), where, then, answer.reason)
+    logger.log(level, "✗ %s%s: %s; %s", what, done, answer.reason, then)
 
 
 def _take(path: Path) -> Path | None:
     """Claim a ready file: X.json becomes X.json.taken, then its marker goes. None where there is no marker.
 
-    Taken by rename, before reading: what cannot be moved is never uploaded, so never uploaded again and again. Goes
-    on, too, where a crash ended it between its steps.
+    By rename, and before reading: what cannot be moved is never uploaded, hence never uploaded again and again. Takes
+    up, too, what a crash left taken.
     """
     taken, marker = _beside(path, TAKEN), _beside(path, READY)
     if not os.path.lexists(taken):
         if not os.path.lexists(marker):
             return None
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file, refused", str(path))
-        _move(path, taken)
+            raise _not_regular(path)
+        _move(path, taken)  # durable before the marker goes: X.json without a marker would wait for ever
     try:
         if not os.path.lexists(path):
-            _remove(marker)
-        if os.path.lexists(path):  # the producer has written this name anew, and that may have been its new marker
+            marker.unlink(missing_ok=True)
+        if os.path.lexists(path):  # the producer has written this name anew, and the marker may have been its new one
             marker.touch()
     except OSError as error:  # a marker without its file does no harm
         _complain(marker, error, "the marker stays")
@@ -1084,17 +1096,15 @@ def _take(path: Path) -> Path | None:
 
 
 def process_json_file(json_path: str | os.PathLike[str]) -> bool:
-    """The whole life of one ready file: take it, upload it, move it. True only when it reached processed/."""
+    """The whole life of one ready file: take it, upload it, move it. True only when it has reached processed/."""
     path = Path(json_path)
     try:
         taken = _take(path)
-        if taken is None:
-            return False
-        answer = _round(taken, _beside(path, STATE), path.name, attempts=0)
+        answer = _round(taken, _beside(path, STATE), path.name, attempts=0) if taken else None
     except OSError as error:
-        _complain(path, error, "it stays in the folder and is tried again")
+        _complain(path, error, "it stays in its folder and is tried again")
         return False
-    _told.pop(str(path), None)
+    _told.pop(path, None)
     return bool(answer)
 
 
@@ -1108,22 +1118,22 @@ def _scan(folder: Path) -> dict[str, os.DirEntry[str]]:
         return {entry.name: entry for entry in entries}
 
 
-def _regular(folder: Path, entry: os.DirEntry[str]) -> bool:
+def _is_regular(folder: Path, entry: os.DirEntry[str]) -> bool:
     if not entry.is_file(follow_symlinks=False):
-        _complain(folder / entry.name, OSError(errno.EINVAL, "not a regular file, refused"), "it is left alone")
+        _complain(folder / entry.name, _not_regular(folder / entry.name), "it is left alone")
         return False
     return True
 
 
-def _ready_files(found: dict[str, os.DirEntry[str]]) -> list[str]:
-    """The names X.json in pending_upload/ that can be processed: those with a marker, and those taken before a crash."""
+def _ready_names(found: dict[str, os.DirEntry[str]]) -> list[str]:
+    """The names X.json in pending_upload/ to process: those with a marker, and those taken before a crash."""
     taken = {name[: -len(TAKEN)] for name in found if name.endswith(".json" + TAKEN)}
-    marked = {name for name in found if name.endswith(".json") and name + READY in found and name not in taken}
-    return sorted(taken | {name for name in marked if _regular(PENDING_DIR, found[name])})
+    marked = {name for name in found if name.endswith(".json") and name + READY in found} - taken
+    return sorted(taken | {name for name in marked if _is_regular(PENDING_DIR, found[name])})
 
 
-def _failed_files(found: dict[str, os.DirEntry[str]]) -> list[str]:
-    """The data files in failed_uploads/, whatever their names; not records, set-aside packets and placeholders."""
+def _failed_names(found: dict[str, Any]) -> list[str]:
+    """The data files in failed_uploads/, whatever their names: not records, set-aside packets and placeholders."""
     return [
         name
         for name in found
@@ -1133,98 +1143,94 @@ def _failed_files(found: dict[str, os.DirEntry[str]]) -> list[str]:
     ]
 
 
-def _due(found: dict[str, os.DirEntry[str]]) -> list[Path]:
-    """The failed files that a sweep should try, least recently tried first. Not JSON: only once it has changed."""
-    due = []
-    for name in _failed_files(found):
-        path = FAILED_DIR / name
+def _due() -> list[Path]:
+    """The failed files to try, least recently tried first; one that is not JSON only once it has changed."""
+    found, due = _scan(FAILED_DIR), []
+    for path in [FAILED_DIR / name for name in _failed_names(found)]:
         with contextlib.suppress(FileNotFoundError):  # gone since the scan
-            if _regular(FAILED_DIR, found[name]):
+            if _is_regular(FAILED_DIR, found[path.name]):
                 progress = _load_progress(path, _beside(path, STATE))
                 if not progress.unreadable:
-                    due.append((progress.time, name))
-    return [FAILED_DIR / name for _, name in sorted(due)]
+                    due.append((progress.time, path))
+    return [path for _, path in sorted(due)]
 
 
-def _remove_orphans(folder: Path, found: dict[str, os.DirEntry[str]]) -> None:
-    """Remove the records that a crash left behind when their file had moved on; a record is a JSON object, data never is."""
-    for name in [name for name in found if name.endswith(STATE)]:
-        base = name[: -len(STATE)]
-        if base not in found and base + TAKEN not in found:
-            with contextlib.suppress(OSError, ValueError, RecursionError):  # not a record: none of our business
-                with _open_regular(folder / name) as file:
-                    is_record = isinstance(json.load(file), dict)
-                if is_record:
-                    _remove(folder / name)
-                    del found[name]
-
-
-def _waiting() -> int:
-    """How many files wait for the server, in both folders."""
+def _waiting() -> list[str]:
+    """The names of the files that are still to be delivered, in both folders."""
     with contextlib.suppress(OSError):
-        return len(_ready_files(_scan(PENDING_DIR))) + len(_failed_files(_scan(FAILED_DIR)))
-    return 0
+        return _ready_names(_scan(PENDING_DIR)) + _failed_names(_scan(FAILED_DIR))
+    return []
+
+
+def _remove_orphans() -> None:
+    """Remove the records that a crash left when their file had moved on. They are JSON objects; data never is."""
+    for folder in (PENDING_DIR, FAILED_DIR):
+        found = _scan(folder)
+        for name in [name for name in found if name.endswith(STATE)]:
+            base = name[: -len(STATE)]
+            if base not in found and base + TAKEN not in found:
+                with contextlib.suppress(OSError, ValueError, RecursionError):  # not ours
+                    with _open_regular(folder / name) as file:
+                        is_record = isinstance(json.load(file), dict)
+                    if is_record:
+                        _remove(folder / name)
 
 
 def _upload_ready() -> None:
-    """Process what is ready, in chronological order (of the names)."""
+    """Process what is ready, in chronological order: that of the names."""
     try:
-        names = _ready_files(_scan(PENDING_DIR))
-        _told.pop(str(PENDING_DIR), None)
+        names = _ready_names(_scan(PENDING_DIR))
+        _told.pop(PENDING_DIR, None)
     except OSError as error:
         return _complain(PENDING_DIR, error, "nothing can be uploaded until that is mended")
     for name in names:
         if _stopping:
-            return
+            return None
         process_json_file(PENDING_DIR / name)
+    return None
 
 
 def retry_failed_uploads() -> None:
-    """One sweep over failed_uploads/: each file once, new ready files first, an early end where the server is the trouble."""
+    """One sweep over failed_uploads/: one attempt a file, new files first, an early end where the server is the trouble."""
     try:
-        _remove_orphans(PENDING_DIR, _scan(PENDING_DIR))
-        found = _scan(FAILED_DIR)
-        _remove_orphans(FAILED_DIR, found)
-        due = _due(found)
-        _told.pop(str(FAILED_DIR), None)
+        _remove_orphans()
+        due = _due()
+        _told.pop(FAILED_DIR, None)
     except OSError as error:
-        return _complain(FAILED_DIR, error, "no sweep until that is mended")
+        return _complain(FAILED_DIR, error, "failed uploads are not retried until that is mended")
     if due:
         logger.info("Retrying %d failed uploads...", len(due))
     faults = 0
     for number, path in enumerate(due, 1):
         _upload_ready()
         if _stopping:
-            return
+            break
         try:
             answer = _round(path, _beside(path, STATE), path.name, attempts=1)
         except OSError as error:
-            _complain(path, error, "it stays where it is")
+            _complain(path, error, "it stays in its folder and is tried again")
             continue
-        if answer is None:
-            return
-        _told.pop(str(path), None)
-        faults = faults + 1 if answer.outcome in (Outcome.FAULT, Outcome.AGAIN) else 0
-        if answer.outcome in _ENDS_SWEEP or faults == 3:
-            if number < len(due):
-                logger.info("%s left for later: it is the server's trouble", _count(len(due) - number, "failed upload"))
-            return
+        _told.pop(path, None)
+        faults = faults + 1 if answer and answer.outcome in (Outcome.FAULT, Outcome.AGAIN) else 0
+        if answer is None or answer.outcome in _ENDS_SWEEP or faults == 3:
+            if left := len(due) - number:
+                logger.info("The other %s can wait: it is the server's trouble", _count(left, "failed upload"))
+            break
+    return None
 
 
 def _prune_processed() -> None:
     """Delete what was uploaded more than KEEP_PROCESSED_DAYS ago; _done() set each file's time to its upload."""
-    if not KEEP_PROCESSED_DAYS:
-        return
     oldest, pruned = time.time() - KEEP_PROCESSED_DAYS * 86400, 0
     try:
-        for name, entry in _scan(PROCESSED_DIR).items():
+        for name, entry in _scan(PROCESSED_DIR).items() if KEEP_PROCESSED_DAYS else ():
             if name.endswith(".json") and entry.is_file(follow_symlinks=False) and entry.stat().st_mtime < oldest:
-                _remove(PROCESSED_DIR / name)
+                os.unlink(PROCESSED_DIR / name)
                 pruned += 1
     except OSError as error:
         _complain(PROCESSED_DIR, error, "old files stay until that is mended")
     if pruned:
-        logger.info("Deleted %s from processed/, uploaded more than %g days ago", _count(pruned, "file"), KEEP_PROCESSED_DAYS)
+        logger.info("Deleted %s from processed/: older than %g days", _count(pruned, "file"), KEEP_PROCESSED_DAYS)
 
 
 # ---------------------------------------------------------------- the loop
@@ -1232,28 +1238,6 @@ def _prune_processed() -> None:
 
 class AlreadyRunning(RuntimeError):
     """Another sender serves this LOGS_DIR."""
-
-
-@contextlib.contextmanager
-def _only_sender() -> Iterator[None]:
-    """Hold LOGS_DIR's lock. It is the operating system's, so it dies with the process; the file only names the holder."""
-    LOGS_DIR.mkdir(parents=True, exist_ok=True)
-    fd = os.open(_lock_path(), os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o644)
-    try:
-        for _ in range(10):
-            try:
-                _lock_file(fd)
-                break
-            except (BlockingIOError, PermissionError):
-                time.sleep(0.1)  # --status may be looking, for an instant
-        else:
-            raise AlreadyRunning(f"Another sender (pid {_holder(fd)}) serves {LOGS_DIR}; stop it first")
-        with contextlib.suppress(OSError):  # a full disk has no room for a pid
-            os.ftruncate(fd, 0)
-            os.write(fd, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(fd)
 
 
 def _lock_path() -> Path:
@@ -1265,8 +1249,33 @@ def _holder(fd: int) -> str:
     return os.read(fd, 20).decode(errors="replace") or "unknown"
 
 
+@contextlib.contextmanager
+def _only_sender() -> Iterator[None]:
+    """Hold LOGS_DIR's lock: the operating system's, so it dies with the process. Its file only names the holder."""
+    LOGS_DIR.mkdir(parents=True, exist_ok=True)
+    fd = os.open(_lock_path(), os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o644)
+    try:
+        for patience in range(10, -1, -1):
+            try:
+                _lock_file(fd)
+                break
+            except (BlockingIOError, PermissionError):
+                if not patience:
+                    raise AlreadyRunning(
+                        f"Another sender (pid {_holder(fd)}) serves {LOGS_DIR}: stop it first"
+                    ) from None
+                time.sleep(0.1)  # --status holds the lock for an instant
+        with contextlib.suppress(OSError):  # a full disk has no room for a pid
+            os.ftruncate(fd, 0)
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.write(fd, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(fd)
+
+
 def _check_folders() -> None:
-    """Make the folders, tell what cannot be used, and clear away what a crash left half-written."""
+    """Make the folders, tell which cannot be used, and clear away what a crash left half-written."""
     for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -1274,14 +1283,14 @@ def _check_folders() -> None:
                 raise PermissionError(errno.EACCES, "no permission to read and write", str(folder))
             _remove(folder / TEMPORARY)
         except OSError as error:
-            _complain(folder, error, "uploads wait until that is mended")
+            _complain(folder, error, "files wait until that is mended")
 
 
 def monitor_and_upload(once: bool = False) -> None:
-    """Upload what is ready every POLL_INTERVAL, sweep failed files every RETRY_FAILED_INTERVAL, until stop_sender().
+    """Upload what is ready every POLL_INTERVAL, sweep every RETRY_FAILED_INTERVAL, until stop_sender().
 
-    Runs in any thread, any number of times in a process. With `once`, returns when nothing more can be done now.
-    Raises ValueError for a bad setting, AlreadyRunning, and OSError where LOGS_DIR cannot be used at all.
+    Runs in any thread, and again after it has returned. With `once`, returns when nothing more can be done now.
+    Raises ValueError for a bad setting, AlreadyRunning, and OSError where LOGS_DIR cannot be used.
     """
     global _serving, _stopping
     check_settings()
@@ -1298,10 +1307,11 @@ def monitor_and_upload(once: bool = False) -> None:
                     retry_failed_uploads()
                     _prune_processed()
                     next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
-                if once and not _link.sweep_now:
+                elif once:
                     break
-                _nap(0 if _link.sweep_now else POLL_INTERVAL)
-            logger.info("Stopped; %s waiting", _count(_waiting(), "file"))
+                else:
+                    _nap(POLL_INTERVAL)
+            logger.info("Stopped; %s waiting", _count(len(_waiting()), "file"))
     finally:
         _serving = _stopping = False
 
@@ -1309,11 +1319,49 @@ def monitor_and_upload(once: bool = False) -> None:
 # ---------------------------------------------------------------- --status
 
 
-def _duration(seconds: float) -> str:
-    for unit, name in ((86400, "day"), (3600, "hour"), (60, "minute")):
-        if seconds >= 2 * unit or unit == 60 <= seconds:
-            return _count(int(seconds // unit), name)
-    return _count(int(seconds), "second")
+def _server_trouble() -> str:
+    """Why the server gives no answer within two seconds; empty when it does, whatever it answers."""
+    trouble = ["no answer within 2 seconds"]
+
+    def ask() -> None:
+        try:
+            request = _session(SERVER_URL, API_TOKEN)[1].copy()
+            request.method = "GET"
+            _send(request, timeout=2).raw.close()
+            trouble[0] = ""
+        except (OSError, urllib3.exceptions.HTTPError) as error:
+            trouble[0] = _reason(error)
+
+    asking = threading.Thread(target=ask, daemon=True)  # because no time-out bounds a name look-up
+    asking.start()
+    asking.join(2)
+    return trouble[0]
+
+
+def _running_pid() -> str:
+    """The pid of the sender that holds the lock, empty where there is none."""
+    try:
+        fd = os.open(_lock_path(), os.O_RDONLY | _OPEN_FLAGS)
+    except OSError:
+        return ""
+    try:
+        _lock_file(fd, shared=True)  # the close lets go of it at once, and a sender that starts just now is patient
+    except OSError:
+        return _holder(fd)
+    finally:
+        os.close(fd)
+    return ""
+
+
+def _listing(folder: Path) -> dict[str, os.stat_result]:
+    """The regular files of a folder; nothing is made or changed."""
+    found = {}
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # gone since the scan
+                if entry.is_file(follow_symlinks=False):
+                    found[entry.name] = entry.stat(follow_symlinks=False)
+    return found
 
 
 def _size(size: float) -> str:
@@ -1324,59 +1372,64 @@ def _size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def _server_state() -> str:
-    """Empty when the server answers HTTP within two seconds, whatever it answers; else why not."""
-    problem = ["no answer within 2 seconds"]
-
-    def ask() -> None:
-        try:
-            adapter, template, arguments = _connect(SERVER_URL, API_TOKEN)
-            request = template.copy()
-            request.method = "GET"
-            adapter.send(request, timeout=2, **arguments).close()
-            problem[0] = ""
-        except (OSError, urllib3.exceptions.HTTPError) as error:
-            problem[0] = _reason(error)
-
-    asking = threading.Thread(target=ask, daemon=True)  # a thread, because no time-out bounds a name look-up
-    asking.start()
-    asking.join(2)
-    return problem[0]
+def _print_rows(title: str, rows: list[tuple[str, str]], total: int) -> None:
+    """Names with what there is to say of each, in 80 columns."""
+    if rows:
+        print(f"\n{title}")
+    for name, text in rows:
+        print("  " + (name if len(name) < 78 else f"{name[:76]}…"))
+        print(textwrap.fill(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    if total > len(rows):
+        print(f"  and {total - len(rows):,} more")
 
 
-def _running() -> str:
-    """The pid of the sender that holds the lock; empty where there is none."""
+def _failure(name: str) -> str:
+    """Why a file is in failed_uploads/, as its record says."""
     try:
-        fd = os.open(_lock_path(), os.O_RDONLY | _OPEN_FLAGS)
-    except OSError:
-        return ""
-    try:
-        _lock_file(fd, shared=True)  # let go at once by the close
-        return ""
-    except OSError:
-        return _holder(fd)
-    finally:
-        os.close(fd)
-
-
-def _listing(folder: Path) -> dict[str, os.stat_result]:
-    """Names and file information, for --status, which makes no folder and changes nothing."""
-    found = {}
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                if entry.is_file(follow_symlinks=False):
-                    found[entry.name] = entry.stat(follow_symlinks=False)
-    return found
+        with _open_regular(FAILED_DIR / (name + STATE)) as file:
+            progress = Progress.from_json(file.read(LONGEST_PACKET))
+    except (OSError, ValueError, TypeError, IndexError, RecursionError):
+        return "not tried yet"
+    done = f"{progress.uploaded:,}/{progress.packets:,} packets uploaded; " if progress.uploaded else ""
+    return f"{done}failed {_count(progress.attempts, 'time')}, last with: {progress.last_error}"
 
 
 def print_status() -> bool:
-    """Print what a person wants to know at a glance; True when all is well. Locks and changes nothing."""
-    now, pid, down = time.time(), _running(), _server_state()
-    pending, failed, processed = map(_listing, (PENDING_DIR, FAILED_DIR, PROCESSED_DIR))
+    """Print how things stand, in 80 columns; True when all is well. Nothing is changed."""
+    now, pid, trouble = time.time(), _running_pid(), _server_trouble()
+    pending, failed, processed = (_listing(folder) for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR))
+    ready = [name for name in pending if name + READY in pending or name.endswith(".json" + TAKEN)]
+    unmarked = [name for name in pending if name.endswith(".json") and name not in ready]
+    again = _failed_names(failed)
+    aside = [name for name in failed if name.endswith(REJECTED)]
     print(f"Sender  {f'running (pid {pid})' if pid else 'not running'}")
-    print(f"Server  {_public_url()} {f'not reachable: {down}' if down else 'reachable'}\n")
-    return True
+    print(textwrap.fill(f"Server  {f'not reachable: {trouble}' if trouble else 'reachable'}, {_public_url()}", 80))
+    print(f"\n{'':16}{'files':>9}{'size':>12}   oldest")
+    done = [name for name in processed if not name.startswith(".")]
+    for title, names, found in (
+        ("pending_upload", ready + unmarked, pending),
+        ("failed_uploads", again, failed),
+        ("  set aside", aside, failed),
+        ("processed", done, processed),
+    ):
+        oldest = _duration(now - min(found[name].st_mtime for name in names)) if names else "-"
+        print(f"{title:16}{len(names):>9,}{_size(sum(found[name].st_size for name in names)):>12}   {oldest}")
+
+    again.sort(key=lambda name: failed.get(name + STATE, failed[name]).st_mtime, reverse=True)
+    _print_rows("Latest failures", [(_printable(name), _failure(name)) for name in again[:5]], len(again))
+    ages = [(_printable(name), f"written {_duration(now - pending[name].st_mtime)} ago") for name in unmarked]
+    _print_rows("No marker: still being written, or its .ready file is missing", ages[:5], len(ages))
+    late = [name for name in unmarked if now - pending[name].st_mtime > 60]
+    problems = [
+        *([] if pid else ["no sender is running"]),
+        *(["the server is not reachable"] if trouble else []),
+        *([f"{_count(len(again), 'failed upload')}"] if again else []),
+        *([f"{_count(len(aside), 'file')} of rejected packets"] if aside else []),
+        *([f"{_count(len(late), 'file')} without a marker for over a minute"] if late else []),
+    ]
+    print()
+    print(textwrap.fill(f"Not well: {', '.join(problems)}." if problems else "All is well.", 80))
+    return not problems
 
 
 # ---------------------------------------------------------------- the command
@@ -1384,31 +1437,37 @@ def print_status() -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Upload the sniffer's captures.", epilog="Settings: see .env.example.")
+    parser = argparse.ArgumentParser(
+        description="Upload the sniffer's captures until Ctrl-C.", epilog="Settings are explained in .env.example."
+    )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--once", action="store_true", help="upload what is there, then exit: 0 when nothing is left, else 1")
-    mode.add_argument("--status", action="store_true", help="tell how things stand: exit 0 when all is well, else 1")
+    mode.add_argument(
+        "--once", action="store_true", help="upload what is there, then exit: 0 if nothing is left, else 1"
+    )
+    mode.add_argument(
+        "--status", action="store_true", help="tell how things stand, then exit: 0 if all is well, else 1"
+    )
     parser.add_argument("--version", action="version", version=f"sender.py {__version__}")
     options = parser.parse_args(arguments)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(LOG_LEVEL)
-    logging.raiseExceptions = False  # a console that went away (| head) stops no upload
-    try:
-        check_settings()
-        if options.status:
-            return 0 if print_status() else 1
-        for number in _STOP_SIGNALS:
-            signal.signal(number, _on_signal)
-        monitor_and_upload(once=options.once)
-        return 1 if options.once and _waiting() else 0
-    except ValueError as error:
-        logger.error("%s", error)
+    logging.raiseExceptions = False  # a console that has gone (| head) stops no upload
+    if _bad_settings:
+        for line in _bad_settings:
+            logger.error("%s", line)
         return 2
+    if options.status:
+        return 0 if print_status() else 1
+    for number in _STOP_SIGNALS:
+        signal.signal(number, _on_signal)
+    try:
+        monitor_and_upload(once=options.once)
     except (AlreadyRunning, OSError) as error:
         logger.error("%s", error)
         return 1
+    return 1 if options.once and _waiting() else 0
 
 
 def _on_signal(number: int, frame: object) -> None:
