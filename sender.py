@@ -23,7 +23,8 @@ Delivery is at least once on the wire, and exactly once on a server that honours
 was lost goes out again byte for byte the same, under the same key.
 
 Ctrl-C and SIGTERM let the current request finish and keep all progress; a second Ctrl-C ends at once.
-Exit status: 0 done; 1 another sender is running, unusable folders, or (--once, --status) not all is well; 2 bad setting.
+Exit status: 0 done; 1 another sender is running, unusable folders, or (--once, --status) not all is well; 2 a bad
+setting.
 Settings come from the environment or from a .env beside this file; .env.example explains each.
 """
 
@@ -349,7 +350,7 @@ def _not_regular(path: Path) -> OSError:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Open for reading; regular files only. Checked before, since a device may act on open, and after: it may be swapped."""
+    """Open a regular file. Checked before (a device may act on being opened) and after (it may be swapped)."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise _not_regular(path)
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _OPEN_FLAGS))  # noqa: SIM115
@@ -533,7 +534,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=len, parse_constant=_no_constant) 
 
 
 class _Found(NamedTuple):
-    """Packets found in a block: where they start, how many more follow the last start, the bytes used, if it was the end."""
+    """Packets in a block: where they start, how many more follow the last start, bytes used, if it was the end."""
 
     starts: list[int]
     more: int
@@ -578,14 +579,14 @@ class _Leap:
     it ends in a quote and a letter, the quote would close the string, and no letter follows a string. Without a
     bracket in the text, none lies in an inner array. So each is a boundary; and where the array has one element more
     than there are separators, each element stands between braces. SQLite's parser, five times as fast as json's, is
-    kept from what it sees with other eyes: a NUL ends its text, and it has no limit for the depth of objects (there
-    are none inside others) and for the digits of an integer (of too many, 16 lie on every 256th byte in a row).
+    kept from what it sees with other eyes: a NUL would end its text, and it has no limit for the digits of an integer
+    (of 4300 digits, json's limit, 16 in a row lie on every 256th byte).
     """
 
     def __init__(self, separator: re.Match[bytes]) -> None:
         self.separator = separator[0]
         self.tail = len(separator[1])  # of the separator, what belongs to the packet behind it
-        self.find = re.compile(re.escape(separator[0]) + b"()")  # findall() is fastest with nothing to copy
+        self.find = re.compile(re.escape(separator[0]))
         self._database = sqlite3.connect(":memory:")
 
     def take(self, data: bytes, last: bool) -> _Found | None:
@@ -598,8 +599,6 @@ class _Leap:
         if not body.startswith(b"{") or b"[" in body or b"\0" in body or re.search(rb"\d{16}", body[::256]):
             return None
         count = len(self.find.findall(body)) + 1
-        if body.count(b"{") != count:
-            return None
         try:
             proved = self._database.execute(_COUNT, (f"[{body.decode()}]",)).fetchone() == (count,)
         except (UnicodeDecodeError, sqlite3.Error):
@@ -652,7 +651,7 @@ class Capture:
             more = self._file.read(max(BLOCK, len(data)))  # twice as much while not one packet fits
             data += more
             try:
-                found = self._leap and self._leap.take(data, not more) or _walk(data, not more, limit)
+                found = (self._leap and self._leap.take(data, not more)) or _walk(data, not more, limit)
             except ValueError as error:
                 reason, before, at = error.args
                 raise ValueError(f"{reason} (packet {number + before + 1:,}, byte {base + at:,})") from None
@@ -694,9 +693,12 @@ class Capture:
 
 
 def read_json_file(json_path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The whole file as a list of packet dicts. Raises ValueError with the reason where it is no JSON array of objects."""
+    """The whole file as a list of packet dicts. Raises ValueError with the reason if it is no JSON array of objects."""
     with Capture(Path(json_path)) as capture:
-        packets: list[dict[str, Any]] = json.loads(capture.cut(0, len(capture)))
+        try:
+            packets: list[dict[str, Any]] = json.loads(capture.cut(0, len(capture)))
+        except RecursionError:  # SQLite's limit for nesting is the higher one
+            raise ValueError("nested too deeply") from None
     return packets
 
 
@@ -940,7 +942,7 @@ def upload_with_retry(packets: list[dict[str, Any]] | Batch) -> Answer:
             _link.plain = bool(answer)
             if answer:
                 logger.warning("The server takes plain requests only: compression stays off")
-        if answer.outcome not in _AGAIN_LATER or attempt + 1 >= (batch and batch.attempts or MAX_RETRIES):
+        if answer.outcome not in _AGAIN_LATER or attempt + 1 >= ((batch and batch.attempts) or MAX_RETRIES):
             return answer
         delay = max(RETRY_DELAY * 2 ** min(attempt, 20), answer.retry_after)
         logger.info("%sRetrying in %g seconds...", batch.label if batch else "", round(delay, 1))
@@ -1224,7 +1226,7 @@ def _upload_ready() -> None:
 
 
 def retry_failed_uploads() -> None:
-    """One sweep over failed_uploads/: one attempt a file, new files first, an early end where the server is the trouble."""
+    """One sweep over failed_uploads/: one attempt a file, new files first. Ends early when it is the server's trouble."""
     try:
         _remove_orphans()
         due = _due()
@@ -1485,6 +1487,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"sender.py {__version__}")
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console that cannot show ✓ shows \\u2713
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
     logger.addHandler(handler)

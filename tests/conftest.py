@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -136,3 +137,40 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
     for process in spool.processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy, CA bundle or .netrc of this machine gets into a test."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", os.devnull)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[..., list[str]]:
+    """What the loaded sender.py has logged so far, from a level upwards: said(logging.WARNING)."""
+    caplog.set_level(logging.DEBUG, "sender")
+    return lambda level=logging.DEBUG: [
+        record.getMessage() for record in caplog.records if record.name == "sender" and record.levelno >= level
+    ]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures that tests noted with record_property()."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    figures = [line for report in reports if getattr(report, "when", "") == "call" for line in report.user_properties]
+    if figures:
+        terminalreporter.section("measured")
+        for name, value in figures:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-points", action="store_true", help="every crash and error point (minutes), not a fixed spread")
+
+
+@pytest.fixture
+def all_points(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--all-points"))
