@@ -31,6 +31,7 @@ Settings come from the environment or from a .env beside this file; .env.example
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
 import contextlib
 import email.utils
@@ -278,9 +279,15 @@ def _complain(path: Path, error: Exception, consequence: str) -> None:
 
 def _cause(error: BaseException) -> BaseException:
     """The innermost cause of an error: what happened, without the URLs that the outer ones carry."""
-    while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+    while True:
+        within = (
+            arg for arg in error.args if isinstance(arg, BaseException)
+        )  # urllib3 wraps some without raising them
+        context = None if error.__suppress_context__ else error.__context__
+        inner = error.__cause__ or context or next(within, None)
+        if inner is None:
+            return error
         error = inner
-    return error
 
 
 def _reason(error: BaseException) -> str:
@@ -290,12 +297,21 @@ def _reason(error: BaseException) -> str:
     return _one_line(f"{text} ({name})" if name else text)
 
 
+@functools.lru_cache(maxsize=1)
+def _secrets(url: str, token: str) -> list[str]:
+    """What must not be shown, longest first: the token, the URL's password and query, what goes into Authorization."""
+    parts = urlsplit(url)
+    credentials = _session(url, token)[1].headers.get("Authorization", "").partition(" ")[2]
+    secrets = {token, credentials, parts.query, parts.password or "", unquote(parts.password or "")}
+    secrets |= {value for _, value in parse_qsl(parts.query) if len(value) > 3}
+    with contextlib.suppress(ValueError):  # not Basic, as from .netrc
+        secrets.add(base64.b64decode(credentials, validate=True).decode().partition(":")[2])
+    return sorted(filter(None, secrets), key=len, reverse=True)
+
+
 def _one_line(text: str) -> str:
     """Foreign text made fit for the log: one printable line of at most 200 characters, with secrets hidden."""
-    url = urlsplit(SERVER_URL)
-    secrets = {API_TOKEN, url.query, url.password or "", unquote(url.password or "")}
-    secrets |= {value for _, value in parse_qsl(url.query) if len(value) > 3}
-    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+    for secret in _secrets(SERVER_URL, API_TOKEN):
         text = text.replace(secret, "***")
     line = _printable(" ".join(text.split()))
     return line if len(line) <= 200 else line[:199] + "…"
@@ -711,6 +727,7 @@ class _Countdown(io.RawIOBase):
     def __init__(self, sock: socket.socket, raw: Any) -> None:
         self._sock, self._raw = sock, raw
         self._end = time.monotonic() + (sock.gettimeout() or REQUEST_TIMEOUT)
+        self.ended = False
 
     def readable(self) -> bool:
         return True
@@ -721,6 +738,7 @@ class _Countdown(io.RawIOBase):
             raise socket.timeout("timed out")
         self._sock.settimeout(left)
         received: int | None = self._raw.readinto(buffer)
+        self.ended = received == 0
         return received
 
     def close(self) -> None:
@@ -731,7 +749,15 @@ class _Countdown(io.RawIOBase):
 class _Reply(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Countdown(sock, self.fp.detach()))
+        self._wire = _Countdown(sock, self.fp.detach())
+        self.fp = io.BufferedReader(self._wire)
+
+    def begin(self) -> None:
+        super().begin()
+        if self._wire.ended:  # http.client takes headers that were cut off for whole ones
+            raise http.client.HTTPException("the reply ends within its headers")
+        self.headers.defects.clear()  # urllib3 would log them, with a traceback and the whole URL
+        self.headers.set_payload("")
 
 
 class _HTTPConnection(urllib3.connection.HTTPConnection):
@@ -807,7 +833,9 @@ def _post(batch: Batch, compress: bool) -> tuple[int, Any, str]:
         response = _send(request, REQUEST_TIMEOUT)
     with contextlib.closing(response.raw):  # what is not read to its end is not kept alive
         try:
-            text = response.raw.read(REPLY_LIMIT, decode_content=False)
+            text = b""
+            while more := response.raw.read(REPLY_LIMIT - len(text), decode_content=False):
+                text += more
         except (OSError, urllib3.exceptions.HTTPError):
             if 200 <= response.status_code < 300:  # success counts only when it has arrived whole
                 raise
@@ -865,8 +893,11 @@ def _ask(batch: Batch, compress: bool) -> Answer:
 
 def _network_answer(error: Exception) -> Answer:
     server, cause = _public_url(), _cause(error)
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        advice = f"{_one_line(cause.verify_message)}; check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE"
+    if isinstance(cause, ssl.SSLCertVerificationError) or getattr(cause, "library", "") in ("X509", "PEM"):
+        what = getattr(cause, "verify_message", None) or str(cause)
+        bundle = _session(SERVER_URL, API_TOKEN)[2]["verify"]
+        now = f" (now {bundle})" if isinstance(bundle, str) else ""
+        advice = f"{_one_line(what)}; check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE{now}"
         return Answer(Outcome.REFUSED, f"Cannot trust server {server}", advice)
     if not isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError)):  # such as a missing CA bundle
         return Answer(Outcome.REFUSED, f"Cannot send to server {server}", _reason(error))
@@ -1226,7 +1257,7 @@ def _upload_ready() -> None:
 
 
 def retry_failed_uploads() -> None:
-    """One sweep over failed_uploads/: one attempt a file, new files first. Ends early when it is the server's trouble."""
+    """One sweep over failed_uploads/: one attempt a file, new files first. Ends early when it is the server's."""
     try:
         _remove_orphans()
         due = _due()

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -174,3 +175,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def all_points(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--all-points"))
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    return [packet(number) for number in range(count)]
+
+
+def console_lines(console: str) -> list[str]:
+    """The console's lines as "LEVEL - message". Fails on one that has not the form of SPEC section 7: a traceback's."""
+    form = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - (?:DEBUG|INFO|WARNING|ERROR) - \S.*")
+    odd = [line for line in console.splitlines() if not form.fullmatch(line)]
+    assert not odd, f"not log lines: {odd} in\n{console}"
+    return [line.split(" - ", 1)[1] for line in console.splitlines()]
