@@ -1277,8 +1277,10 @@ def retry_failed_uploads() -> None:
             _complain(path, error, "it stays in its folder and is tried again")
             continue
         _told.pop(path, None)
-        faults = faults + 1 if answer and answer.outcome in (Outcome.FAULT, Outcome.AGAIN) else 0
-        if answer is None or answer.outcome in _ENDS_SWEEP or faults == 3:
+        if answer is None:
+            break
+        faults = faults + 1 if answer.outcome in (Outcome.FAULT, Outcome.AGAIN) else 0
+        if answer.outcome in _ENDS_SWEEP or faults == 3:
             if left := len(due) - number:
                 logger.info("The other %s can wait: it is the server's trouble", _count(left, "failed upload"))
             break
