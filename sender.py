@@ -66,7 +66,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import requests
 import urllib3
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 try:
     import sqlite3
@@ -83,11 +83,19 @@ _bad_settings: list[str] = []  # raised by check_settings(): importing this modu
 
 
 def _read_environment() -> dict[str, str | None]:
+    """The environment over the .env beside this file, which is not let into os.environ: that is the host's."""
+    from_file = {}
     try:
-        from_file = dotenv_values(Path(__file__).with_name(".env"), encoding="utf-8-sig", interpolate=False)
+        with open(Path(__file__).with_name(".env"), encoding="utf-8-sig") as file:
+            for line in parse_stream(file):
+                if line.error:
+                    _bad_settings.append(f".env, line {line.original.line}, is not allowed: it must be NAME=value")
+                elif line.key:
+                    from_file[line.key] = line.value
+    except FileNotFoundError:
+        pass  # it is optional
     except (OSError, ValueError) as error:
         _bad_settings.append(f".env cannot be read ({error}): it must be a text file in UTF-8")
-        from_file = {}
     return {**from_file, **os.environ}
 
 
@@ -99,8 +107,8 @@ def _setting(name: str, default: T, convert: Callable[[str], T], allowed: str) -
     text = (_environment.get(name) or "").strip()
     try:
         return convert(text) if text else default
-    except ValueError:
-        shown = "***" if name == "API_TOKEN" else re.sub(r"//.*@|\?.*", "***", text)
+    except (ValueError, RuntimeError):  # the latter from a ~ without a home
+        shown = "***" if name == "API_TOKEN" else re.sub(r".*@|\?.*", "***", text)
         _bad_settings.append(f"{name}={_printable(shown)} is not allowed: it must be {allowed}")
         return default
 
@@ -123,7 +131,8 @@ def _url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme.lower() not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError(text)
-    requests.Request("POST", text).prepare()  # what requests cannot send is refused now, not at the first file
+    prepared = requests.Request("POST", text).prepare()  # what cannot be sent is refused now, not at the first file
+    (urlsplit(prepared.url or "").hostname or "").encode("idna")  # as a look-up of the name will
     return text
 
 
