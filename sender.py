@@ -370,19 +370,31 @@ else:
 # ---------------------------------------------------------------- the spool's files
 
 
-def _not_regular(path: Path) -> OSError:
-    return OSError(errno.EINVAL, "not a regular file, refused", str(path))
+class NotRegular(OSError):
+    """A symlink, FIFO, folder or device stands where a file should."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(errno.EINVAL, "not a regular file, refused", str(path))
 
 
 def _open_regular(path: Path) -> BinaryIO:
     """Open a regular file. Checked before (a device may act on being opened) and after (it may be swapped)."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
-        raise _not_regular(path)
+        raise NotRegular(path)
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _OPEN_FLAGS))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise _not_regular(path)
+        raise NotRegular(path)
     return file
+
+
+def _exists(path: Path) -> bool:
+    """lexists() that raises OSError where it cannot tell; that one says no, and a rename would overwrite."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -402,7 +414,7 @@ def _free_path(folder: Path, name: str, suffix: str = "", content: bytes | None 
         path = folder / (stem + tail)
         if folder == FAILED_DIR and not suffix and path.name.endswith(REJECTED):
             continue  # a capture by that name would pass for set-aside packets, and never be swept
-        if not os.path.lexists(path):
+        if not _exists(path):
             return path
         if content is not None:
             with contextlib.suppress(OSError), _open_regular(path) as file:
@@ -495,7 +507,10 @@ _unsaved: dict[Path, Progress] = {}  # what a full disk kept from its file
 
 
 def _load_progress(data: Path, record: Path) -> Progress:
-    """The progress of `data`: from `record`, if that belongs to this very file, else a fresh one."""
+    """The progress of `data`: from `record`, if that belongs to this very file, else a fresh one.
+
+    Raises OSError where the record is there but cannot be read now: to start afresh would send packets again.
+    """
     status = os.lstat(data)
     size = min(_link.batch_size or BATCH_SIZE, BATCH_SIZE)
     fresh = Progress(status.st_size, status.st_mtime_ns, batch_size=size)
@@ -506,7 +521,7 @@ def _load_progress(data: Path, record: Path) -> Progress:
                 progress = Progress.from_json(file.read(LONGEST_PACKET))
     except FileNotFoundError:
         return fresh
-    except (OSError, ValueError, TypeError, IndexError, RecursionError) as error:
+    except (NotRegular, ValueError, TypeError, IndexError, RecursionError) as error:
         _complain(record, error, "this record is damaged and ignored, the upload starts from the first packet")
         return fresh
     if not progress.belongs_to(status):
@@ -784,7 +799,10 @@ class _Adapter(requests.adapters.HTTPAdapter):
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         if self._pool is None:
-            self._pool = super().get_connection_with_tls_context(*args, **kwargs)
+            try:
+                self._pool = super().get_connection_with_tls_context(*args, **kwargs)
+            except (TypeError, ValueError):
+                raise requests.exceptions.InvalidProxyURL("the environment's proxy has a malformed URL") from None
             self._pool.ConnectionCls = _HTTPSConnection if self._pool.scheme == "https" else _HTTPConnection
         return self._pool
 
@@ -908,7 +926,8 @@ def _network_answer(error: Exception) -> Answer:
         now = f" (now {bundle})" if isinstance(bundle, str) else ""
         advice = f"{_one_line(what)}; check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE{now}"
         return Answer(Outcome.REFUSED, f"Cannot trust server {server}", advice)
-    if not isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError)):  # such as a missing CA bundle
+    foreign = not isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError))  # no CA bundle, say
+    if foreign or isinstance(error, requests.exceptions.InvalidURL):
         return Answer(Outcome.REFUSED, f"Cannot send to server {server}", _reason(error))
     wrapped = getattr(error.args[0] if error.args else None, "reason", None)
     connecting = isinstance(wrapped, (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.ProxyError))
@@ -1095,6 +1114,10 @@ def _round(data: Path, record: Path, name: str, attempts: int) -> Answer | None:
                 if not progress.belongs_to(capture.status):
                     raise _changed(data)
                 answer = _upload(capture, record, name, progress, attempts)
+        except OSError:
+            if progress.packets >= 0:
+                _save_progress(record, progress)  # what the server has acknowledged is not sent again
+            raise
         except ValueError as error:
             progress.unreadable = True
             answer = Answer(Outcome.UNREADABLE, "Not a capture", _one_line(str(error)))
@@ -1107,8 +1130,8 @@ def _round(data: Path, record: Path, name: str, attempts: int) -> Answer | None:
 
 def _done(data: Path, record: Path, name: str, progress: Progress, noted: bool) -> None:
     """Move a delivered file to processed/. Where that fails, its record says that only the move is left."""
-    target = _free_path(PROCESSED_DIR, name)
     try:
+        target = _free_path(PROCESSED_DIR, name)
         _move(data, target)
     except OSError:
         if not noted:
@@ -1153,21 +1176,28 @@ def _take(path: Path) -> Path | None:
     By rename, and before reading: what cannot be moved is never uploaded, hence never uploaded again and again. Takes
     up, too, what a crash left taken.
     """
-    taken, marker = _beside(path, TAKEN), _beside(path, READY)
-    if not os.path.lexists(taken):
-        if not os.path.lexists(marker):
+    taken = _beside(path, TAKEN)
+    if not _exists(taken):
+        if not _exists(_beside(path, READY)):
             return None
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise _not_regular(path)
+            raise NotRegular(path)
         _move(path, taken)  # durable before the marker goes: X.json without a marker would wait for ever
-    try:
-        if not os.path.lexists(path):
-            marker.unlink(missing_ok=True)
-        if os.path.lexists(path):  # the producer has written this name anew, and the marker may have been its new one
-            marker.touch()
-    except OSError as error:  # a marker without its file does no harm
-        _complain(marker, error, "the marker stays")
+    _remove_marker(path)
     return taken
+
+
+def _remove_marker(path: Path) -> None:
+    """Remove the marker of a file that is taken, but not one that its producer has put for a new file of that name."""
+    marker = _beside(path, READY)
+    try:
+        if not _exists(path):
+            marker.unlink(missing_ok=True)
+            _told.pop(marker, None)
+        if _exists(path):  # written anew by now, and what has just been removed may have been its marker
+            marker.touch()
+    except OSError as error:
+        _complain(marker, error, "this marker stays for now, which does no harm")
 
 
 def process_json_file(json_path: str | os.PathLike[str]) -> bool:
@@ -1195,7 +1225,7 @@ def _scan(folder: Path) -> dict[str, os.DirEntry[str]]:
 
 def _is_regular(folder: Path, entry: os.DirEntry[str]) -> bool:
     if not entry.is_file(follow_symlinks=False):
-        _complain(folder / entry.name, _not_regular(folder / entry.name), "it is left alone")
+        _complain(folder / entry.name, NotRegular(folder / entry.name), "it is left alone")
         return False
     return True
 
@@ -1222,11 +1252,15 @@ def _due() -> list[Path]:
     """The failed files to try, least recently tried first; one that is not JSON only once it has changed."""
     found, due = _scan(FAILED_DIR), []
     for path in [FAILED_DIR / name for name in _failed_names(found)]:
-        with contextlib.suppress(FileNotFoundError):  # gone since the scan
+        try:
             if _is_regular(FAILED_DIR, found[path.name]):
                 progress = _load_progress(path, _beside(path, STATE))
                 if not progress.unreadable:
                     due.append((progress.time, path))
+        except FileNotFoundError:
+            pass  # gone since the scan
+        except OSError as error:
+            _complain(path, error, "it stays in its folder and is tried again")
     return [path for _, path in sorted(due)]
 
 
@@ -1258,6 +1292,8 @@ def _upload_ready() -> None:
         _told.pop(PENDING_DIR, None)
     except OSError as error:
         return _complain(PENDING_DIR, error, "nothing can be uploaded until that is mended")
+    for marker in [path for path in _told if path.suffix == READY]:
+        _remove_marker(marker.with_suffix(""))
     for name in names:
         if _stopping:
             return None
@@ -1381,16 +1417,17 @@ def monitor_and_upload(once: bool = False) -> None:
             )  # having freed one large block, glibc no longer returns each batch's memory: a fifth less CPU
             next_sweep = time.monotonic()
             while not _stopping:
-                _upload_ready()
                 if _link.sweep_now or time.monotonic() >= next_sweep:
                     _link.sweep_now = False
                     retry_failed_uploads()
                     _prune_processed()
                     next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
-                elif once:
+                _upload_ready()
+                if _link.sweep_now:
+                    continue
+                if once:
                     break
-                else:
-                    _nap(POLL_INTERVAL)
+                _nap(POLL_INTERVAL)
             logger.info("Stopped; %s waiting", _count(len(_waiting()), "file"))
     finally:
         _serving = _stopping = False
@@ -1509,6 +1546,7 @@ def print_status() -> bool:
     ]
     print()
     print(textwrap.fill(f"Not well: {', '.join(problems)}." if problems else "All is well.", 80))
+    sys.stdout.flush()
     return not problems
 
 
@@ -1542,7 +1580,11 @@ def main(arguments: list[str] | None = None) -> int:
             logger.error("%s", line)
         return 2
     if options.status:
-        return 0 if print_status() else 1
+        try:
+            return 0 if print_status() else 1
+        except BrokenPipeError:  # --status | head -1; what is still buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
     for number in _STOP_SIGNALS:
         signal.signal(number, _on_signal)
     try:
