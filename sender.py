@@ -177,6 +177,7 @@ LONGEST_NAME = 255 - len(STATE)  # bytes
 BLOCK = 128 * 1024  # bytes read and proved at a time: enough to be fast, and they stay in the CPU's cache
 LONGEST_PACKET = 8 * 1024 * 1024  # bytes; a longer one is damage, and not worth the memory
 REPLY_LIMIT = 8 * 1024  # bytes of a reply that are read
+EARLY_SWEEPS = 5  # sweeps ahead of their time: a file that brings the server down does not do so with every success
 RETRY_AFTER_LIMIT = 60  # seconds of a Retry-After that are honoured
 
 
@@ -203,13 +204,14 @@ class Outcome(enum.Enum):
     REJECTED = "400, 422, something in this batch: a smaller batch, until the offender is alone"
     TRY_PLAIN = "refused while compressed: the same once more, plain"
     UNREADABLE = "the file is not an array of packets: nothing is sent"
+    STOPPED = "asked to stop: the next start goes on"
 
     def __bool__(self) -> bool:
         return self is Outcome.DELIVERED
 
 
 _AGAIN_LATER = (Outcome.UNREACHABLE, Outcome.BUSY, Outcome.TIMED_OUT, Outcome.FAULT, Outcome.AGAIN)
-_ENDS_SWEEP = (Outcome.UNREACHABLE, Outcome.BUSY, Outcome.TIMED_OUT, Outcome.REFUSED)
+_ENDS_SWEEP = (Outcome.UNREACHABLE, Outcome.BUSY, Outcome.TIMED_OUT, Outcome.REFUSED, Outcome.STOPPED)
 
 
 @dataclass
@@ -407,7 +409,9 @@ def _free_path(folder: Path, name: str, suffix: str = "", content: bytes | None 
     A file that holds just `content` counts as free: a crash came between its writing and the note of it.
     """
     stem, own_suffix = os.path.splitext(name)
-    for number in itertools.count():
+    number = -1
+    while True:
+        number += 1
         tail = (f".{number}" if number else "") + (suffix or own_suffix)
         while tail != own_suffix and len(os.fsencode(stem + tail)) > LONGEST_NAME:
             stem = stem[:-1]
@@ -420,7 +424,6 @@ def _free_path(folder: Path, name: str, suffix: str = "", content: bytes | None 
             with contextlib.suppress(OSError), _open_regular(path) as file:
                 if file.read() == content:
                     return path
-    raise AssertionError("unreachable")
 
 
 def _rename(step: Callable[[Path, Path], None], source: Path, target: Path) -> None:
@@ -992,8 +995,9 @@ def upload_with_retry(packets: list[dict[str, Any]] | Batch) -> Answer:
     Waits RETRY_DELAY before the second attempt, then twice that, and so on; longer where a Retry-After asks for it. Up
     to 10 % of jitter keeps many senders from coming back in step. stop_sender() ends the wait.
     """
-    batch = packets if isinstance(packets, Batch) else None
-    for attempt in itertools.count():
+    label, attempts = (packets.label, packets.attempts) if isinstance(packets, Batch) else ("", 0)
+    attempts = attempts or MAX_RETRIES
+    for attempt in range(attempts):
         answer = upload_packets(packets, attempt)
         if answer.outcome is Outcome.TRY_PLAIN:
             _link.plain = True
@@ -1001,13 +1005,13 @@ def upload_with_retry(packets: list[dict[str, Any]] | Batch) -> Answer:
             _link.plain = bool(answer)
             if answer:
                 logger.warning("The server takes plain requests only: compression stays off")
-        if answer.outcome not in _AGAIN_LATER or attempt + 1 >= ((batch and batch.attempts) or MAX_RETRIES):
-            return answer
+        if answer.outcome not in _AGAIN_LATER or attempt == attempts - 1:
+            break
         delay = max(RETRY_DELAY * 2 ** min(attempt, 20), answer.retry_after)
-        logger.info("%sRetrying in %g seconds...", batch.label if batch else "", round(delay, 1))
+        logger.info("%sRetrying in %g seconds...", label, round(delay, 1))
         if not _nap(delay * random.uniform(1, 1.1)):  # noqa: S311
-            return answer
-    raise AssertionError("unreachable")
+            break
+    return answer
 
 
 # ---------------------------------------------------------------- one file
@@ -1048,19 +1052,17 @@ def _pass_over(progress: Progress, answer: Answer, works_for_others: bool) -> bo
     """
     progress.rejected.append((progress.uploaded, answer.reason))
     progress.uploaded += 1
-    row = 1
-    while progress.rejected[-row:][0][0] == progress.uploaded - row and row <= len(progress.rejected):
-        row += 1
-    row -= 1
-    if row < 3 and (row < progress.packets or works_for_others):
+    in_a_row = progress.rejected[-3:]
+    three = len(in_a_row) == 3 and in_a_row[0][0] == progress.uploaded - 3
+    if not three and (len(in_a_row) < progress.packets or works_for_others):
         return True
-    del progress.rejected[-row:]
-    progress.uploaded -= row
+    del progress.rejected[-3:]
+    progress.uploaded -= len(in_a_row)
     return False
 
 
-def _upload(capture: Capture, record: Path, name: str, progress: Progress, attempts: int) -> Answer | None:
-    """Upload what `progress` says is left; the last answer, or None when stopped.
+def _upload(capture: Capture, record: Path, name: str, progress: Progress, attempts: int) -> Answer:
+    """Upload what `progress` says is left; returns the last answer.
 
     Before each POST the record on disk says which batch goes out. So a crash repeats that one batch and no other, byte
     for byte and under its old key, whether or not the server got it.
@@ -1072,7 +1074,7 @@ def _upload(capture: Capture, record: Path, name: str, progress: Progress, attem
             _save_progress(record, progress)
             on_disk = progress.next_batch()
         if _stopping:
-            return None
+            return Answer(Outcome.STOPPED)
         stop = min(progress.uploaded + progress.batch_size, progress.packets)
         sent = stop - progress.uploaded
         told = f" ({stop:,}/{progress.packets:,} packets)" if sent < progress.packets else ""
@@ -1080,7 +1082,7 @@ def _upload(capture: Capture, record: Path, name: str, progress: Progress, attem
             Batch(capture.cut(progress.uploaded, stop), sent, f"{_printable(name)}: ", told, attempts)
         )
         if _stopping and not answer:
-            return None
+            return Answer(Outcome.STOPPED)
         goes_on = _learn(progress, sent, answer)
         _link.batch_size = progress.batch_size
         if not goes_on:
@@ -1103,11 +1105,11 @@ def _set_aside(capture: Capture, record: Path, name: str, progress: Progress) ->
     logger.error("%s: %s: %s", _printable(name), what, reasons[0]["reason"])
 
 
-def _round(data: Path, record: Path, name: str, attempts: int) -> Answer | None:
-    """One round of one file: upload what is left, then move it. None when stopped; OSError where a file fails us."""
+def _round(data: Path, record: Path, name: str, attempts: int) -> Answer:
+    """One round of one file: upload what is left, then move it. Raises OSError where a file operation fails."""
     progress = _load_progress(data, record)
     only_move = progress.complete
-    answer: Answer | None = Answer(Outcome.DELIVERED)
+    answer = Answer(Outcome.DELIVERED)
     if not only_move:
         try:
             with Capture(data) as capture:
@@ -1123,7 +1125,7 @@ def _round(data: Path, record: Path, name: str, attempts: int) -> Answer | None:
             answer = Answer(Outcome.UNREADABLE, "Not a capture", _one_line(str(error)))
     if answer:
         _done(data, record, name, progress, only_move)
-    elif answer is not None:
+    elif answer.outcome is not Outcome.STOPPED:
         _failed(data, record, name, progress, answer)
     return answer
 
@@ -1161,7 +1163,7 @@ def _failed(data: Path, record: Path, name: str, progress: Progress, answer: Ans
         renamed = "" if target.name == name else f" as {_printable(target.name)}"
         what = f"{_printable(name)} moved to failed_uploads/{renamed}"
         _link.sweep_when_back |= answer.outcome is not Outcome.UNREADABLE
-    _link.sweep_when_back |= answer.outcome is Outcome.UNREACHABLE
+    _link.sweep_when_back |= answer.outcome in (Outcome.UNREACHABLE, Outcome.BUSY)
     done = f" ({progress.uploaded:,}/{progress.packets:,} packets uploaded)" if progress.uploaded else ""
     then = f"next try within {RETRY_FAILED_INTERVAL:g} seconds"
     if answer.outcome is Outcome.UNREADABLE:
@@ -1205,7 +1207,7 @@ def process_json_file(json_path: str | os.PathLike[str]) -> bool:
     path = Path(json_path)
     try:
         taken = _take(path)
-        answer = _round(taken, _beside(path, STATE), path.name, attempts=0) if taken else None
+        answer = taken is not None and _round(taken, _beside(path, STATE), path.name, attempts=0)
     except OSError as error:
         _complain(path, error, "it stays in its folder and is tried again")
         return False
@@ -1322,11 +1324,9 @@ def retry_failed_uploads() -> None:
             _complain(path, error, "it stays in its folder and is tried again")
             continue
         _told.pop(path, None)
-        if answer is None:
-            break
         faults = faults + 1 if answer.outcome in (Outcome.FAULT, Outcome.AGAIN) else 0
         if answer.outcome in _ENDS_SWEEP or faults == 3:
-            if left := len(due) - number:
+            if (left := len(due) - number) and not _stopping:
                 logger.info("The other %s can wait: it is the server's trouble", _count(left, "failed upload"))
             break
     return None
@@ -1415,19 +1415,20 @@ def monitor_and_upload(once: bool = False) -> None:
             bytes(
                 16 << 20
             )  # having freed one large block, glibc no longer returns each batch's memory: a fifth less CPU
-            next_sweep = time.monotonic()
+            next_sweep, early_sweeps = time.monotonic(), 0
             while not _stopping:
-                if _link.sweep_now or time.monotonic() >= next_sweep:
+                in_time = time.monotonic() >= next_sweep
+                if in_time or _link.sweep_now:
+                    early_sweeps = EARLY_SWEEPS if in_time else early_sweeps - 1
                     _link.sweep_now = False
                     retry_failed_uploads()
                     _prune_processed()
                     next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
                 _upload_ready()
-                if _link.sweep_now:
-                    continue
-                if once:
+                _link.sweep_now &= early_sweeps > 0
+                if once and not _link.sweep_now:
                     break
-                _nap(POLL_INTERVAL)
+                _nap(0 if _link.sweep_now else POLL_INTERVAL)
             logger.info("Stopped; %s waiting", _count(len(_waiting()), "file"))
     finally:
         _serving = _stopping = False
