@@ -1,0 +1,674 @@
+"""sender.py as a real process: killed, stopped, started twice, misconfigured, and with every kind of console."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DATA, SETTINGS, Spool, console_lines, numbered, packet, wait_until
+from ingest_server import IngestServer, split_packets
+from servers import Answer, Request, ScriptedServer, reply
+
+LONG = 600  # seconds: a wait that a test would not survive
+SOON = 3.5  # seconds: "about a second" of SPEC section 8 on a busy machine, the process's own end included
+
+if sys.platform == "win32":
+    STOP_SIGNALS = [signal.CTRL_BREAK_EVENT]
+else:
+    STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+def stop(process: subprocess.Popen[Any], number: int = STOP_SIGNALS[-1]) -> float:
+    """Send a stop signal and wait for the end: exit status 0. Returns the seconds it took."""
+    started = time.monotonic()
+    process.send_signal(number)
+    assert process.wait(60) == 0
+    return time.monotonic() - started
+
+
+@contextlib.contextmanager
+def launched(spool: Spool, *arguments: str, settings: dict[str, object], **how: Any) -> Iterator[subprocess.Popen[str]]:
+    """sender.py as a process with a console, a folder or a path of the test's own choice."""
+    options: dict[str, Any] = {"cwd": spool.folder, "env": spool.environment(**settings), "encoding": "utf-8", **how}
+    if sys.platform == "win32":
+        options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
+    process = subprocess.Popen([sys.executable, str(spool.sender_py), *arguments], **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def everything_under(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.lstat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def accept(request: Request) -> Answer:
+    return None
+
+
+def keys(server: ScriptedServer) -> list[str]:
+    return [request.key for request in server.requests]
+
+
+def batches(server: ScriptedServer) -> list[list[int]]:
+    """The numbers of the packets in each request, in the order of arrival."""
+    return [request.numbers for request in server.requests]
+
+
+def once(count: int) -> Counter[int]:
+    """What a server's `stored` is when each packet of numbered(count) was stored exactly once."""
+    return Counter(range(count))
+
+
+# ---------------------------------------------------------------- the main job
+
+
+def test_real_captures_arrive_exactly_as_written_and_only_the_data_files_remain(spool: Spool, tmp_path: Path) -> None:
+    contents = {path.name: spool.drop(path.name, path.read_bytes()) for path in sorted(DATA.glob("packets_*.json"))}
+    with IngestServer(tmp_path / "ingest.sqlite3") as server:
+        sender = spool.start(SERVER_URL=server.url)
+        wait_until(lambda: len([*spool.processed.glob("*.json")]) == len(contents), "the drain")
+        stop(sender)
+    assert {path.name: path.read_bytes() for path in spool.processed.iterdir()} == contents
+    assert spool.names() == [f"processed/{name}" for name in contents]
+    assert server.packets() == [text for content in contents.values() for text in split_packets(content.decode())]
+    assert server.repeats == 0
+
+
+def test_the_corrupt_real_capture_is_kept_whole_and_told_and_not_a_byte_of_it_is_sent(spool: Spool) -> None:
+    (corrupt,) = DATA.glob("corrupt_*.json")
+    spool.drop(corrupt.name, corrupt.read_bytes())
+    with ScriptedServer() as server:
+        run = spool.run("--once", SERVER_URL=server.url)
+    assert run.returncode == 1, run.stderr
+    assert server.requests == []
+    assert (spool.failed / corrupt.name).read_bytes() == corrupt.read_bytes(), spool.tree()
+    assert re.search(rf"ERROR - .*{re.escape(corrupt.name)} moved to failed_uploads/", run.stderr)
+
+
+# ---------------------------------------------------------------- killed and restarted
+
+
+def test_killed_while_a_batch_is_unanswered_it_sends_only_that_batch_again_under_its_old_key(spool: Spool) -> None:
+    packets = numbered(6)
+    content = spool.drop("a.json", packets)
+
+    def kill_at_first_sight(request: Request) -> Answer:
+        if keys(server).count(request.key) == 1:
+            sender.kill()
+            sender.wait()
+        return None  # stored, and the sender will never know
+        return None
+
+    with ScriptedServer(kill_at_first_sight) as server:
+        for _ in packets:
+            sender = spool.start(SERVER_URL=server.url, BATCH_SIZE=1)
+            wait_until(lambda: sender.poll() is not None, "the kill")  # noqa: B023
+            assert (spool.pending / "a.json.taken").read_bytes() == content, spool.tree()
+        run = spool.run("--once", SERVER_URL=server.url, BATCH_SIZE=1)
+    assert run.returncode == 0, run.stderr
+    assert batches(server) == [[number] for number in range(6) for _ in range(2)]
+    assert keys(server)[::2] == keys(server)[1::2]
+    assert len(set(keys(server))) == 6
+    assert server.stored == once(6)
+    assert spool.tree() == {"processed/a.json": len(content)}
+
+
+def test_killed_right_after_an_answer_it_sends_at_most_that_batch_again(spool: Spool) -> None:
+    packets = numbered(5)
+    content = spool.drop("a.json", packets)
+    kills: list[threading.Thread] = []
+
+    def kill_after_answer(request: Request) -> Answer:
+        if keys(server).count(request.key) == 1:
+            kills.append(threading.Timer(0, sender.kill))
+            kills[-1].start()
+        return None
+
+    with ScriptedServer(kill_after_answer) as server:
+        while not (spool.processed / "a.json").exists() and len(kills) < 20:
+            sender = spool.start("--once", SERVER_URL=server.url, BATCH_SIZE=1)
+            sender.wait(60)
+        assert spool.run("--once", SERVER_URL=server.url, BATCH_SIZE=1).returncode == 0
+        for kill in kills:
+            kill.join()
+    assert server.stored == once(5)
+    assert len(set(keys(server))) == 5
+    assert max(Counter(keys(server)).values()) <= 2, batches(server)
+    assert spool.tree() == {"processed/a.json": len(content)}
+
+
+def test_killed_between_two_batches_it_goes_on_with_the_next_and_repeats_no_acknowledged_one(spool: Spool) -> None:
+    content = spool.drop("a.json", numbered(10))
+    with ScriptedServer(lambda request: None if request.number < 3 else reply(503)) as server:
+        sender = spool.start(SERVER_URL=server.url, BATCH_SIZE=2, RETRY_DELAY=LONG)
+        wait_until(lambda: "Retrying in" in spool.console(), "the backoff before the fourth batch")
+        sender.kill()
+        sender.wait()
+        assert (spool.pending / "a.json.taken").read_bytes() == content, spool.tree()
+        server.script = accept
+        assert spool.run("--once", SERVER_URL=server.url, BATCH_SIZE=2).returncode == 0
+    assert batches(server) == [[0, 1], [2, 3], [4, 5], [6, 7], [6, 7], [8, 9]]
+    assert keys(server)[3] == keys(server)[4]
+    assert server.stored == once(10)
+    assert spool.tree() == {"processed/a.json": len(content)}
+
+
+def test_progress_made_with_one_batch_size_holds_after_a_restart_with_another(spool: Spool) -> None:
+    spool.drop("a.json", numbered(10))
+    with ScriptedServer(lambda request: None if request.number < 2 else reply(503)) as server:
+        sender = spool.start(SERVER_URL=server.url, BATCH_SIZE=2, RETRY_DELAY=LONG)
+        wait_until(lambda: "Retrying in" in spool.console(), "the backoff before the third batch")
+        sender.kill()
+        sender.wait()
+        server.script = accept
+        assert spool.run("--once", SERVER_URL=server.url, BATCH_SIZE=5).returncode == 0
+    assert server.stored == once(10)
+
+
+# ---------------------------------------------------------------- one sender per LOGS_DIR
+
+
+def test_a_second_sender_exits_1_and_names_the_pid_of_the_first_which_goes_on(spool: Spool) -> None:
+    with ScriptedServer() as server:
+        first = spool.start(SERVER_URL=server.url)
+        spool.drop("a.json", [packet(0)])
+        wait_until(lambda: (spool.processed / "a.json").exists(), "the first sender at work")
+        second = spool.run(SERVER_URL=server.url)
+        assert second.returncode == 1, second.stderr
+        (line,) = console_lines(second.stderr)
+        assert line.startswith("ERROR - ")
+        assert re.search(rf"\b{first.pid}\b", line)
+        spool.drop("b.json", [packet(1)])
+        wait_until(lambda: (spool.processed / "b.json").exists(), "the first sender still at work")
+        stop(first)
+    assert server.stored == once(2)
+
+
+def test_the_lock_dies_with_a_killed_sender(spool: Spool) -> None:
+    with ScriptedServer() as server:
+        first = spool.start(SERVER_URL=server.url)
+        spool.drop("a.json", [packet(1)])
+        wait_until(lambda: (spool.processed / "a.json").exists(), "the first sender at work")
+        first.kill()
+        first.wait()
+        spool.drop("b.json", [packet(2)])
+        run = spool.run("--once", SERVER_URL=server.url)
+    assert run.returncode == 0, run.stderr
+    assert spool.names() == ["processed/a.json", "processed/b.json"]
+
+
+# ---------------------------------------------------------------- Ctrl-C and SIGTERM
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_while_idle_ends_it_within_about_a_second_with_status_0(spool: Spool, number: int) -> None:
+    with ScriptedServer() as server:
+        spool.drop("a.json", [packet(1)])
+        sender = spool.start(SERVER_URL=server.url, POLL_INTERVAL=LONG)
+        wait_until(lambda: (spool.processed / "a.json").exists(), "the first poll")
+        assert stop(sender, number) < SOON
+    console_lines(spool.console())
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_in_a_backoff_ends_it_within_about_a_second_and_keeps_file_and_progress(
+    spool: Spool, number: int
+) -> None:
+    content = spool.drop("a.json", numbered(6))
+    with ScriptedServer(lambda request: None if request.number == 0 else reply(503)) as server:
+        sender = spool.start(SERVER_URL=server.url, BATCH_SIZE=2, RETRY_DELAY=LONG)
+        wait_until(lambda: "Retrying in" in spool.console(), "the backoff")
+        assert stop(sender, number) < SOON
+        assert set(spool.names()) == {"pending_upload/a.json.taken", "pending_upload/a.json.state"}
+        assert (spool.pending / "a.json.taken").read_bytes() == content
+        server.script = accept
+        assert spool.run("--once", SERVER_URL=server.url, BATCH_SIZE=2).returncode == 0
+    assert batches(server) == [[0, 1], [2, 3], [2, 3], [4, 5]]
+    assert spool.names() == ["processed/a.json"]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_in_a_request_keeps_what_that_request_achieved_and_starts_no_other(
+    spool: Spool, number: int
+) -> None:
+    content = spool.drop("a.json", numbered(6))
+    answering = threading.Event()
+
+    def hold_the_second(request: Request) -> Answer:
+        assert request.number != 1 or answering.wait(60)
+        return None
+
+    with ScriptedServer(hold_the_second) as server:
+        sender = spool.start(SERVER_URL=server.url, BATCH_SIZE=2)
+        wait_until(lambda: len(server.requests) == 2, "the second request")
+        sender.send_signal(number)
+        threading.Timer(0.3, answering.set).start()  # the signal comes first; either order must do
+        assert sender.wait(30) == 0
+        assert len(server.requests) == 2
+        assert (spool.pending / "a.json.taken").read_bytes() == content, spool.tree()
+        assert spool.run("--once", SERVER_URL=server.url, BATCH_SIZE=2).returncode == 0
+    assert batches(server) in ([[0, 1], [2, 3], [4, 5]], [[0, 1], [2, 3], [2, 3], [4, 5]])
+    assert server.stored == once(6)
+    assert len(set(keys(server))) == 3
+    assert spool.names() == ["processed/a.json"]
+    console_lines(spool.console())
+
+
+def test_a_stop_signal_in_a_files_last_request_leaves_nothing_to_be_sent_again_after_its_answer(spool: Spool) -> None:
+    spool.drop("a.json", numbered(2))
+    answering = threading.Event()
+
+    def hold(request: Request) -> Answer:
+        assert answering.wait(60)
+        return None
+
+    with ScriptedServer(hold) as server:
+        sender = spool.start(SERVER_URL=server.url)
+        wait_until(lambda: server.requests, "the request")
+        sender.send_signal(STOP_SIGNALS[0])
+        answering.set()
+        assert sender.wait(30) == 0
+        assert spool.run("--once", SERVER_URL=server.url).returncode == 0
+    assert len(server.requests) == 1
+    assert spool.names() == ["processed/a.json"]
+
+
+def test_a_stop_signal_to_a_sender_whose_server_never_answers_costs_no_more_than_this_requests_timeout(
+    spool: Spool,
+) -> None:
+    spool.drop("a.json", numbered(2))
+    answering = threading.Event()
+
+    def hold(request: Request) -> Answer:
+        answering.wait(60)
+        return None
+
+    with ScriptedServer(hold) as server:
+        sender = spool.start(SERVER_URL=server.url, REQUEST_TIMEOUT=1, RETRY_DELAY=LONG)
+        wait_until(lambda: server.requests, "the request")
+        assert stop(sender) < 1 + SOON
+        answering.set()
+    assert len(server.requests) == 1
+    assert (spool.pending / "a.json.taken").exists(), spool.tree()
+
+
+if sys.platform != "win32":
+
+    def test_a_stop_signal_that_arrives_while_it_starts_is_not_lost(spool: Spool) -> None:
+        """Right after the handler has been installed is when a supervisor that changed its mind may send it."""
+        program = """
+import os, runpy, signal, sys
+install = signal.signal
+def install_and_receive(number, handler):
+    before = install(number, handler)
+    if number == signal.SIGTERM and callable(handler):
+        os.kill(os.getpid(), number)
+    return before
+signal.signal = install_and_receive
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+        with ScriptedServer() as server:
+            command = [sys.executable, "-c", program, str(spool.sender_py)]
+            run = subprocess.run(command, env=spool.environment(SERVER_URL=server.url), timeout=15)
+        assert run.returncode in (0, -signal.SIGTERM)
+
+    @pytest.mark.parametrize("number", STOP_SIGNALS)
+    def test_a_second_stop_signal_ends_it_at_once_and_the_restart_repeats_only_the_open_batch(
+        spool: Spool, number: int
+    ) -> None:
+        spool.drop("a.json", numbered(4))
+        answering = threading.Event()
+
+        def hold_the_second(request: Request) -> Answer:
+            if request.number == 1:
+                answering.wait(60)
+            return None
+
+        def press_again() -> bool:
+            sender.send_signal(number)
+            return sender.poll() is not None
+
+        with ScriptedServer(hold_the_second) as server:
+            sender = spool.start(SERVER_URL=server.url, BATCH_SIZE=2, REQUEST_TIMEOUT=LONG)
+            wait_until(lambda: len(server.requests) == 2, "the second request")
+            sender.send_signal(number)
+            wait_until(press_again, "the end at a further Ctrl-C", limit=10)
+            assert sender.returncode != 0
+            answering.set()
+            assert spool.run("--once", SERVER_URL=server.url, BATCH_SIZE=2).returncode == 0
+        assert batches(server) == [[0, 1], [2, 3], [2, 3]]
+        assert keys(server)[1] == keys(server)[2]
+        assert server.stored == once(4)
+        assert spool.names() == ["processed/a.json"]
+
+
+# ---------------------------------------------------------------- --once, --help, --version
+
+
+def test_once_sweeps_and_drains_and_exits_0_when_nothing_is_left(spool: Spool) -> None:
+    spool.drop("b.json", [packet(1)])
+    spool.failed.mkdir(parents=True)
+    (spool.failed / "a.json").write_bytes(json.dumps([packet(0)]).encode())
+    with ScriptedServer() as server:
+        run = spool.run("--once", SERVER_URL=server.url, RETRY_FAILED_INTERVAL=LONG)
+    assert run.returncode == 0, run.stderr
+    assert server.stored == once(2)
+    assert spool.names() == ["processed/a.json", "processed/b.json"]
+
+
+def test_once_with_nothing_to_do_exits_0(spool: Spool) -> None:
+    with ScriptedServer() as server:
+        run = spool.run("--once", SERVER_URL=server.url)
+    assert run.returncode == 0, run.stderr
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("status", [503, 401])
+def test_once_exits_1_when_a_file_is_left(spool: Spool, status: int) -> None:
+    content = spool.drop("a.json", [packet(1)])
+    with ScriptedServer(lambda request: reply(status)) as server:
+        run = spool.run("--once", SERVER_URL=server.url)
+    assert run.returncode == 1, run.stderr
+    assert (spool.failed / "a.json").read_bytes() == content, spool.tree()
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_print_to_standard_output_and_touch_nothing(spool: Spool, option: str) -> None:
+    before = everything_under(spool.folder)
+    run = spool.run(option)
+    assert (run.returncode, run.stderr) == (0, "")
+    told = ["--once", "--status", "--help", "--version"] if option == "--help" else [r"\d+\.\d+"]
+    assert all(re.search(word, run.stdout) for word in told), run.stdout
+    assert everything_under(spool.folder) == before
+
+
+def test_an_unknown_option_exits_2_and_touches_nothing(spool: Spool) -> None:
+    before = everything_under(spool.folder)
+    run = spool.run("--wonce")
+    assert run.returncode == 2
+    assert "--wonce" in run.stderr
+    assert everything_under(spool.folder) == before
+
+
+# ---------------------------------------------------------------- consoles
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["2|", "2>&1|"])
+def test_a_console_whose_reader_goes_away_stops_no_upload_and_no_orderly_end(spool: Spool, both: bool) -> None:
+    reading, writing = os.pipe()
+    with ScriptedServer() as server:
+        output = writing if both else subprocess.DEVNULL
+        with launched(spool, settings={"SERVER_URL": server.url}, stdout=output, stderr=writing) as sender:
+            os.close(writing)
+            with open(reading, encoding="utf-8") as console:  # as `| head -1` does
+                assert console.readline()
+            for number in range(3):
+                spool.drop(f"{number}.json", [packet(number)])
+                wait_until(lambda: (spool.processed / f"{number}.json").exists(), "an upload")  # noqa: B023
+            stop(sender)
+    assert server.stored == once(3)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252:strict"])
+def test_a_console_without_a_check_mark_gets_its_lines_and_stops_no_upload(spool: Spool, encoding: str) -> None:
+    spool.drop("a.json", numbered(3))
+    spool.drop("b.json", "[")
+    with ScriptedServer() as server:
+        environment = spool.environment(SERVER_URL=server.url, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+        command = [sys.executable, str(spool.sender_py), "--once"]
+        run = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    console = run.stderr.decode(encoding.partition(":")[0])
+    assert run.returncode == 1, console
+    assert re.search("Successfully uploaded 3 packets", console), console
+    assert re.search("a.json processed successfully", console), console
+    assert re.search("b.json moved to failed_uploads/", console), console
+    console_lines(console)
+    assert server.stored == once(3)
+
+
+if sys.platform != "win32":
+
+    @pytest.mark.parametrize("closing", ["2>&-", "0<&- 1>&- 2>&-"])
+    def test_a_sender_without_any_console_uploads_and_leaves_its_lock_and_files_unharmed(
+        spool: Spool, closing: str
+    ) -> None:
+        content = spool.drop("a.json", numbered(3))
+        spool.drop("b.json", "[")
+        with ScriptedServer() as server:
+            command = ["sh", "-c", f'exec "$0" "$@" {closing}', sys.executable, str(spool.sender_py), "--once"]
+            run = subprocess.run(command, env=spool.environment(SERVER_URL=server.url, BATCH_SIZE=2), timeout=60)
+        assert run.returncode == 1
+        assert server.stored == once(3)
+        assert (spool.processed / "a.json").read_bytes() == content
+        assert (spool.failed / "b.json").read_bytes() == b"["
+        assert not any("INFO" in path.read_text() for path in spool.logs.rglob("*") if path.is_file())
+
+    def test_a_bad_setting_without_any_console_still_exits_2(spool: Spool) -> None:
+        command = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, str(spool.sender_py)]
+        assert subprocess.run(command, env=spool.environment(BATCH_SIZE=0), timeout=60).returncode == 2
+
+
+# ---------------------------------------------------------------- settings
+
+SECONDS = ["soon", "-1", "nan", "inf", "-inf", "1e400", "1,5", "0x10", "9" * 400, "5 s"]
+WHOLE = ["three", "-1", "nan", "inf", "0", "1e3", "2.5", "9" * 5000, "1,000", "0x10"]
+WRONG: dict[str, list[str]] = {
+    "SERVER_URL": [
+        "nonsense",
+        "http://",
+        "ftp://127.0.0.1/ingest",
+        "http://127.0.0.1:70000/ingest",
+        "http://127.0.0.1:port/ingest",
+        "http://a..example/ingest",  # no name has an empty label: the look-up raises UnicodeError
+        "http://\N{LATIN SMALL LETTER U WITH DIAERESIS}" + "x" * 70 + ".example/",
+        "http://[::1/ingest",
+        "http:///ingest",
+        "127.0.0.1:8000/ingest",
+    ],
+    "API_TOKEN": ["to\nken", "to\r\nX-Evil: 1"],
+    "POLL_INTERVAL": [*SECONDS, "0"],
+    "MAX_RETRIES": WHOLE,
+    "RETRY_DELAY": SECONDS,
+    "BATCH_SIZE": WHOLE,
+    "REQUEST_TIMEOUT": [*SECONDS, "0"],
+    "RETRY_FAILED_INTERVAL": SECONDS,
+    "COMPRESS": ["zip", "1", "gzip,br", "nan", "-", "gz ip"],
+    "KEEP_PROCESSED_DAYS": SECONDS,
+    "LOG_LEVEL": ["LOUD", "10", "nan", "-1", "INFO,DEBUG", "TRACE"],
+}
+ALLOWED = {
+    "SERVER_URL": "http.*host",
+    "API_TOKEN": "ASCII|printable",
+    "MAX_RETRIES": "whole number",
+    "BATCH_SIZE": "whole number",
+    "COMPRESS": "gzip.*none|none.*gzip",
+    "LOG_LEVEL": "DEBUG.*INFO.*WARNING.*ERROR",
+}
+ROUNDS = [
+    {name: value for name, value in zip(WRONG, values) if value is not None}
+    for values in itertools.zip_longest(*WRONG.values())
+]
+
+
+def test_the_table_of_wrong_settings_knows_every_setting() -> None:
+    assert sorted([*WRONG, "LOGS_DIR"]) == sorted(SETTINGS)
+
+
+@pytest.mark.parametrize("mistakes", ROUNDS, ids=range(len(ROUNDS)))
+def test_each_bad_setting_is_one_line_with_name_value_and_what_is_allowed_and_nothing_is_touched(
+    spool: Spool, mistakes: dict[str, str]
+) -> None:
+    before = everything_under(spool.folder)
+    run = spool.run("--once", **mistakes)
+    assert run.returncode == 2, run.stderr
+    assert run.stdout == ""
+    assert everything_under(spool.folder) == before
+    lines = run.stderr.splitlines()
+    assert len(lines) == len(mistakes), run.stderr
+    for name, value in mistakes.items():
+        (line,) = (line for line in lines if name in line)
+        assert name == "API_TOKEN" or len(value) > 100 or value in line, line
+        assert re.search(ALLOWED.get(name, "number"), line.partition(value)[2] or line), line
+
+
+def test_every_line_about_a_bad_setting_has_the_form_of_a_log_line(spool: Spool) -> None:
+    run = spool.run(BATCH_SIZE="many", POLL_INTERVAL="soon", LOG_LEVEL="LOUD")
+    lines = console_lines(run.stderr)
+    assert [line.split(" - ")[0] for line in lines] == ["ERROR"] * 3
+
+
+def test_the_home_of_somebody_unknown_is_a_bad_logs_dir_like_any_other_bad_setting(spool: Spool) -> None:
+    run = spool.run("--once", LOGS_DIR="~no-such-user-here/logs")
+    assert run.returncode == 2, run.stderr
+    (line,) = console_lines(run.stderr)
+    assert "LOGS_DIR" in line
+    assert "~no-such-user-here/logs" in line
+
+
+def test_the_lines_about_bad_settings_hide_tokens_and_passwords(spool: Spool) -> None:
+    for settings in (
+        {"SERVER_URL": "ftp://user:hunter2@127.0.0.1/ingest?key=hunter2", "API_TOKEN": "swordfish"},
+        {"SERVER_URL": "user:hunter2@127.0.0.1/ingest", "API_TOKEN": "sword\nfish"},
+    ):
+        run = spool.run(**settings)
+        assert run.returncode == 2, run.stderr
+        assert "SERVER_URL" in run.stderr
+        assert "hunter2" not in run.stderr
+        assert "sword" not in run.stderr
+        assert "fish" not in run.stderr
+
+
+def test_an_empty_setting_is_its_default(spool: Spool) -> None:
+    spool.drop("a.json", numbered(3))
+    with ScriptedServer() as server:
+        run = spool.run("--once", **{**dict.fromkeys(SETTINGS, ""), "SERVER_URL": server.url})
+    assert run.returncode == 0, run.stderr
+    assert server.sizes == [3]
+    assert "authorization" not in server.requests[0].headers
+    assert spool.names() == ["processed/a.json"]
+
+
+def test_a_dotenv_beside_the_program_is_read_and_the_environment_wins(spool: Spool) -> None:
+    spool.drop("a.json", numbered(4))
+    with ScriptedServer() as server:
+        dotenv = f"# comment\n\nSERVER_URL={server.url}\nexport API_TOKEN='from file'\nBATCH_SIZE=1\nLOG_LEVEL=\n"
+        (spool.folder / ".env").write_text(dotenv)
+        run = spool.run("--once", BATCH_SIZE=2)
+    assert run.returncode == 0, run.stderr
+    assert server.sizes == [2, 2]
+    assert {request.headers["authorization"] for request in server.requests} == {"Bearer from file"}
+
+
+@pytest.mark.parametrize("layout", ["{}", "\ufeff{}\r\n"], ids=ascii)
+def test_a_dotenv_as_windows_editors_write_it_is_read(spool: Spool, layout: str) -> None:
+    spool.drop("a.json", numbered(3))
+    (spool.folder / ".env").write_bytes(layout.format("BATCH_SIZE=2").encode())
+    with ScriptedServer() as server:
+        run = spool.run("--once", SERVER_URL=server.url)
+    assert run.returncode == 0, run.stderr
+    assert server.sizes == [2, 1]
+
+
+def test_a_bad_value_in_a_dotenv_exits_2_like_one_in_the_environment(spool: Spool) -> None:
+    (spool.folder / ".env").write_text("BATCH_SIZE=0\n")
+    run = spool.run("--once")
+    assert run.returncode == 2
+    (line,) = console_lines(run.stderr)
+    assert "BATCH_SIZE" in line
+    assert spool.tree() == {}
+
+
+@pytest.mark.parametrize("kind", ["UTF-16", "a directory", "binary"])
+def test_a_dotenv_that_cannot_be_read_is_one_clear_line_and_nothing_is_touched(spool: Spool, kind: str) -> None:
+    dotenv = spool.folder / ".env"
+    if kind == "a directory":
+        dotenv.mkdir()
+    else:
+        dotenv.write_bytes("BATCH_SIZE=2\n".encode("utf-16") if kind == "UTF-16" else b"BATCH_SIZE=\xff\xfe\n")
+    before = everything_under(spool.folder)
+    run = spool.run("--once")
+    assert run.returncode == 2, run.stderr
+    (line,) = console_lines(run.stderr)
+    assert line.startswith("ERROR - ")
+    assert ".env" in line
+    assert everything_under(spool.folder) == before
+
+
+def test_a_dotenv_line_that_is_no_setting_is_told_in_the_form_of_a_log_line(spool: Spool) -> None:
+    (spool.folder / ".env").write_text("BATCH_SIZE 2\n")
+    with ScriptedServer() as server:
+        run = spool.run("--once", SERVER_URL=server.url)
+    assert any(".env" in line for line in console_lines(run.stderr)), run.stderr
+
+
+# ---------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("where", ["a file", "below a file", "a name too long"])
+def test_an_unusable_logs_dir_exits_1_with_one_line_and_no_traceback(spool: Spool, where: str) -> None:
+    occupied = spool.folder / "occupied"
+    occupied.write_text("mine")
+    logs = {"a file": occupied, "below a file": occupied / "logs"}.get(where, spool.folder / ("x" * 300))
+    run = spool.run("--once", LOGS_DIR=logs)
+    assert run.returncode == 1, run.stderr
+    (line,) = console_lines(run.stderr)
+    assert line.startswith("ERROR - ")
+    assert str(logs) in line
+    assert occupied.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["pending_upload", "failed_uploads", "processed"])
+def test_a_file_in_the_place_of_a_folder_is_told_without_a_traceback_and_is_left_alone(spool: Spool, name: str) -> None:
+    spool.logs.mkdir()
+    (spool.logs / name).write_text("mine")
+    with ScriptedServer() as server:
+        run = spool.run("--once", SERVER_URL=server.url)
+    lines = console_lines(run.stderr)
+    assert [line for line in lines if line.startswith("ERROR - ") and name in line], run.stderr
+    assert (spool.logs / name).read_text() == "mine"
+
+
+def test_it_works_from_any_directory_and_takes_no_dotenv_from_there(spool: Spool, tmp_path_factory: Any) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / ".env").write_text("BATCH_SIZE=0\n")
+    spool.drop("a.json", [packet(1)])
+    with ScriptedServer() as server:
+        program = os.path.relpath(spool.sender_py, elsewhere)
+        command = [sys.executable, program, "--once"]
+        run = subprocess.run(command, cwd=elsewhere, env=spool.environment(SERVER_URL=server.url), timeout=60)
+    assert run.returncode == 0
+    assert spool.names() == ["processed/a.json"]
+    assert os.listdir(elsewhere) == [".env"]
+
+
+def test_with_logs_elsewhere_it_writes_nothing_beside_itself(spool: Spool, tmp_path_factory: Any) -> None:
+    spool.logs = tmp_path_factory.mktemp("spool") / "deep" / "logs"
+    spool.pending, spool.processed = spool.logs / "pending_upload", spool.logs / "processed"
+    spool.drop("a.json", numbered(3))
+    before = everything_under(spool.folder)
+    spool.folder.chmod(0o555)
+    try:
+        with ScriptedServer() as server:
+            run = spool.run("--once", SERVER_URL=server.url, LOGS_DIR=spool.logs, BATCH_SIZE=2)
+    finally:
+        spool.folder.chmod(0o755)
+    assert run.returncode == 0, run.stderr
+    assert everything_under(spool.folder) == before
+    assert spool.names() == ["processed/a.json"]
