@@ -924,7 +924,8 @@ def _ask(batch: Batch, compress: bool) -> Answer:
 
 def _network_answer(error: Exception) -> Answer:
     server, cause = _public_url(), _cause(error)
-    if isinstance(cause, ssl.SSLCertVerificationError) or getattr(cause, "library", "") in ("X509", "PEM"):
+    mistrust = (ssl.SSLCertVerificationError, urllib3.util.ssl_match_hostname.CertificateError)
+    if isinstance(cause, mistrust) or getattr(cause, "library", "") in ("X509", "PEM"):
         what = getattr(cause, "verify_message", None) or str(cause)
         bundle = _session(SERVER_URL, API_TOKEN)[2]["verify"]
         now = f" (now {bundle})" if isinstance(bundle, str) else ""
