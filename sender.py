@@ -28,8 +28,6 @@ setting.
 Settings come from the environment or from a .env beside this file; .env.example explains each.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import bisect
@@ -61,7 +59,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import requests
@@ -79,10 +77,11 @@ logger = logging.getLogger("sender")
 # ---------------------------------------------------------------- settings
 
 T = TypeVar("T")
+AnyPath = Union[str, "os.PathLike[str]"]
 _bad_settings: list[str] = []  # raised by check_settings(): importing this module never fails
 
 
-def _read_environment() -> dict[str, str | None]:
+def _read_environment() -> dict[str, Optional[str]]:
     """The environment over the .env beside this file, which is not let into os.environ: that is the host's."""
     from_file = {}
     try:
@@ -239,7 +238,7 @@ class Link:
     batch_size: int = 0  # what batches have shrunk to; 0: they have not
     plain: bool = False  # compressed requests were refused
     kept_alive: bool = False  # the last exchange left a connection open
-    down_since: float | None = None  # monotonic time of the first failure after a success
+    down_since: Optional[float] = None  # monotonic time of the first failure after a success
     sweep_when_back: bool = False  # files have failed since the last sweep
     sweep_now: bool = False
     accepted_at: str = ""  # time of the last success, as _now() writes it
@@ -403,7 +402,7 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _free_path(folder: Path, name: str, suffix: str = "", content: bytes | None = None) -> Path:
+def _free_path(folder: Path, name: str, suffix: str = "", content: Optional[bytes] = None) -> Path:
     """Where `name` can go in `folder` without overwriting: X.json, X.1.json, … (X.rejected.json with that suffix).
 
     A file that holds just `content` counts as free: a crash came between its writing and the note of it.
@@ -478,6 +477,7 @@ class Progress:
     time: str = ""  # of the last failure, UTC
     unreadable: bool = False  # not JSON: not read again until it changes
     failed_to: int = 0  # end of the batch on which the last round failed with a time-out or a 500
+    set_aside: int = 0  # packets of the file in X.rejected.json
     rejected: list[tuple[int, str]] = field(default_factory=list)  # a packet's index, the server's reason
 
     @property
@@ -494,7 +494,7 @@ class Progress:
         return json.dumps(vars(self)).encode()
 
     @classmethod
-    def from_json(cls, text: bytes) -> Progress:
+    def from_json(cls, text: bytes) -> "Progress":
         """Raises ValueError, TypeError or RecursionError for what to_json() cannot have written."""
         progress = cls(**json.loads(text))
         blank = cls(0, 0)
@@ -560,6 +560,9 @@ class Batch(NamedTuple):
     label: str = ""  # "X.json: ", for the log
     progress: str = ""  # " (3,000/20,000 packets)", once this batch is delivered
     attempts: int = 0  # 0: MAX_RETRIES
+
+
+Packets = Union[list[dict[str, Any]], Batch]
 
 
 _WHITE = b" \t\r\n"
@@ -632,7 +635,7 @@ class _Leap:
         self.find = re.compile(re.escape(separator[0]))
         self._database = sqlite3.connect(":memory:")
 
-    def take(self, data: bytes, last: bool) -> _Found | None:
+    def take(self, data: bytes, last: bool) -> Optional[_Found]:
         if last:
             body, used = data.rstrip(_WHITE), len(data)
             body = body[:-1].rstrip(_WHITE) if body.endswith(b"]") else b""
@@ -665,7 +668,7 @@ class Capture:
         self._path = path
         self._file = _open_regular(path)
         self._numbers, self._offsets = array("Q"), array("Q")  # marks: packet number, byte offset; at last the end
-        self._leap: _Leap | None = None
+        self._leap: Optional[_Leap] = None
         try:
             self.status = os.fstat(self._file.fileno())
             self._index()
@@ -673,7 +676,7 @@ class Capture:
             self._file.close()
             raise
 
-    def __enter__(self) -> Capture:
+    def __enter__(self) -> "Capture":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -735,7 +738,7 @@ class Capture:
         return b"".join((b"[", memoryview(text)[: text.rfind(b"}") + 1], b"]"))
 
 
-def read_json_file(json_path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_json_file(json_path: AnyPath) -> list[dict[str, Any]]:
     """The whole file as a list of packet dicts. Raises ValueError with the reason if it is no JSON array of objects."""
     with Capture(Path(json_path)) as capture:
         try:
@@ -759,12 +762,12 @@ class _Countdown(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int | None:
+    def readinto(self, buffer: Any) -> Optional[int]:
         left = self._end - time.monotonic()
         if left <= 0:
             raise socket.timeout("timed out")
         self._sock.settimeout(left)
-        received: int | None = self._raw.readinto(buffer)
+        received: Optional[int] = self._raw.readinto(buffer)
         self.ended = received == 0
         return received
 
@@ -913,6 +916,7 @@ def _ask(batch: Batch, compress: bool) -> Answer:
     outcome, detail = _classify(status, compress), _one_line(text)
     if outcome:
         _check_count(batch, text)
+        return Answer(outcome)
     if outcome is Outcome.REFUSED:
         advice = "check API_TOKEN" if status in (401, 403) else "check SERVER_URL"
         if 300 <= status < 400:
@@ -956,7 +960,7 @@ def _check_count(batch: Batch, text: str) -> None:
                 )
 
 
-def upload_packets(packets: list[dict[str, Any]] | Batch, retry_count: int = 0) -> Answer:
+def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
     """Exactly one POST of one batch; the answer is truthy only on success. An empty list needs none.
 
     `retry_count` is the number of attempts before, for the log. Never raises for what a server or network does.
@@ -991,7 +995,7 @@ def _note_success() -> None:
         _link.sweep_when_back, _link.sweep_now = False, True
 
 
-def upload_with_retry(packets: list[dict[str, Any]] | Batch) -> Answer:
+def upload_with_retry(packets: Packets) -> Answer:
     """Up to MAX_RETRIES attempts (a Batch may ask for fewer); truthy only on success.
 
     Waits RETRY_DELAY before the second attempt, then twice that, and so on; longer where a Retry-After asks for it. Up
@@ -1101,6 +1105,7 @@ def _set_aside(capture: Capture, record: Path, name: str, progress: Progress) ->
     target = _free_path(FAILED_DIR, name, REJECTED, content)
     _write(target, content)
     _write(_beside(target, STATE), json.dumps({"file": name, "rejected": reasons}, indent=1).encode())
+    progress.set_aside = len(progress.rejected)
     progress.rejected = []  # only now: after a crash before this, the same content goes to the same place again
     _save_progress(record, progress)
     what = f"the server rejects {_count(len(reasons), 'packet')}, kept in failed_uploads/{_printable(target.name)}"
@@ -1144,8 +1149,10 @@ def _done(data: Path, record: Path, name: str, progress: Progress, noted: bool) 
     _forget(record)  # last: a crash before this leaves a record without a file, and no file without its record
     with contextlib.suppress(OSError):  # KEEP_PROCESSED_DAYS then counts from the capture, not from the upload
         os.utime(target)
+    aside = f", {progress.set_aside} set aside" if progress.set_aside else ""
     renamed = "" if target.name == name else f", kept as {_printable(target.name)}"
-    logger.info("✓ %s processed successfully (%d packets)%s", _printable(name), progress.packets, renamed)
+    delivered = progress.packets - progress.set_aside
+    logger.info("✓ %s processed successfully (%d packets)%s%s", _printable(name), delivered, aside, renamed)
 
 
 def _failed(data: Path, record: Path, name: str, progress: Progress, answer: Answer) -> None:
@@ -1174,7 +1181,7 @@ def _failed(data: Path, record: Path, name: str, progress: Progress, answer: Ans
     logger.log(level, "✗ %s%s: %s; %s", what, done, answer.reason, then)
 
 
-def _take(path: Path) -> Path | None:
+def _take(path: Path) -> Optional[Path]:
     """Claim a ready file: X.json becomes X.json.taken, then its marker goes. None where there is no marker.
 
     By rename, and before reading: what cannot be moved is never uploaded, hence never uploaded again and again. Takes
@@ -1204,7 +1211,7 @@ def _remove_marker(path: Path) -> None:
         _complain(marker, error, "this marker stays for now, which does no harm")
 
 
-def process_json_file(json_path: str | os.PathLike[str]) -> bool:
+def process_json_file(json_path: AnyPath) -> bool:
     """The whole life of one ready file: take it, upload it, move it. True only when it has reached processed/."""
     path = Path(json_path)
     try:
@@ -1398,7 +1405,7 @@ def _check_folders() -> None:
                 raise PermissionError(errno.EACCES, "no permission to read and write", str(folder))
             _remove(folder / TEMPORARY)
         except OSError as error:
-            _complain(folder, error, "files wait until that is mended")
+            _complain(folder, error, "files stay where they are until that is mended")
 
 
 def monitor_and_upload(once: bool = False) -> None:
@@ -1555,7 +1562,7 @@ def print_status() -> bool:
 # ---------------------------------------------------------------- the command
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Optional[list[str]] = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description="Upload the sniffer's captures until Ctrl-C.", epilog="Settings are explained in .env.example."

@@ -83,7 +83,6 @@ class Spool:
             assert spec
             assert spec.loader
             module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # dataclasses look their module up
             spec.loader.exec_module(module)
             return module
         finally:
@@ -92,7 +91,7 @@ class Spool:
 
     def start(self, *arguments: str, **settings: object) -> subprocess.Popen[str]:
         """sender.py as a process of its own; its console goes to the file console.log (all runs, appended)."""
-        flags = subprocess.CREATE_NEW_PROCESS_GROUP if sys.platform == "win32" else 0
+        flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows: Ctrl-Break for this process alone
         with open(self.folder / "console.log", "a", encoding="utf-8") as console:
             process = subprocess.Popen(
                 [sys.executable, str(self.sender_py), *arguments],

@@ -127,11 +127,7 @@ class Play:
 
     def run(self) -> None:
         """sender.py --once in this process, as fresh as a new one."""
-        module = self.spool.load(**self.settings)
-        try:
-            module.monitor_and_upload(once=True)
-        finally:
-            del sys.modules[module.__name__]
+        self.spool.load(**self.settings).monitor_and_upload(once=True)
 
     def run_until(self, point: int) -> Countdown:
         """The same, killed at a point."""
@@ -168,7 +164,8 @@ class Play:
             for packet in content
             if not packet.get("poison")
         ]
-        assert sorted(self.server.packets()) == sorted(sent)
+        stored, due = Counter(self.server.packets()), Counter(sent)
+        assert stored == due, f"lost: {[*(due - stored)]}, twice or never to be stored: {[*(stored - due)]}"
         assert self.server.repeats <= crashes, f"{self.server.repeats} batches were sent twice"
 
 

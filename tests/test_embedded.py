@@ -63,7 +63,7 @@ def state():
 
 def load():
     spec = importlib.util.spec_from_file_location("sender", sys.argv[1])
-    module = sys.modules["sender"] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

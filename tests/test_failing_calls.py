@@ -41,6 +41,7 @@ ERRORS = {
     "recv": (errno.ECONNRESET, errno.ETIMEDOUT),
 }
 OFTEN = {"POLL_INTERVAL": 0.01, "RETRY_FAILED_INTERVAL": 0.05}
+MUST_BE_TOLD = ("read", "create", "write", "fsync", "rename", "scandir")
 AT_START = (".", ".sender.lock")  # what monitor_and_upload() refuses to start without
 
 
@@ -86,7 +87,6 @@ class Daemon:
             self.module.stop_sender()
             self.thread.join(0.05)
         logging.getLogger("sender").removeHandler(self.said)
-        del sys.modules[self.module.__name__]
 
     def settle(self) -> None:
         """Wait until every file is in its place, or the thread has ended."""
@@ -180,6 +180,8 @@ def test_one_call_that_fails_at_any_point_costs_no_packet_and_no_repeat_and_is_t
                 play.balance(lambda: None, crashes=fault.call in NETWORK)
             told = [line for line in daemon.said.lines if os.strerror(fault.code) in line]
             assert len(told) == len(set(told)), told
+            if fault.call in MUST_BE_TOLD and fault.code != errno.EINTR and fault.path not in AT_START:
+                assert told, daemon.said.lines
         except Exception as error:
             failures.append(f"{number}: {fault}: {error}")
     record_property(f"single errors in '{scenario}'", f"{len(chosen)} of {len(faults)} tried")
@@ -224,6 +226,8 @@ def test_a_fault_that_lasts_is_told_once_and_when_it_is_over_everything_goes_on_
         for (call, folder), number in sorted(counts.items())
         for code in ERRORS[call]
         if code != errno.EINTR  # it never lasts, and Python itself tries again
+        # Time-outs without end make batches smaller, under new keys: what the receiver got it gets again (see README).
+        if not (code == errno.ETIMEDOUT and call in ("send", "recv"))
         for occurrence in sorted({1 + number // 5, 1 + number // 2})
     ]
     failures = []

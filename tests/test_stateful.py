@@ -108,8 +108,6 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        with contextlib.suppress(AttributeError):
-            del sys.modules[self.sender.__name__]
         settings = {"BATCH_SIZE": self.batch_size, "MAX_RETRIES": 2, "RETRY_DELAY": 0}
         self.sender = self.spool.load(SERVER_URL=self.server.url, LOGS_DIR=self.spool.logs, **settings)
 
