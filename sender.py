@@ -31,6 +31,7 @@ Settings come from the environment or from a .env beside this file; .env.example
 import argparse
 import base64
 import bisect
+import codecs
 import contextlib
 import email.utils
 import enum
@@ -43,6 +44,7 @@ import io
 import itertools
 import json
 import logging
+import operator
 import os
 import random
 import re
@@ -566,7 +568,6 @@ Packets = Union[list[dict[str, Any]], Batch]
 
 
 _WHITE = b" \t\r\n"
-_OPENING = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[[ \t\r\n]*(\]?)")  # a byte-order mark is let pass (RFC 8259, 8.1)
 _DELIMITER = re.compile(r"[ \t\r\n]*([,\]])[ \t\r\n]*")
 _SEPARATOR = re.compile(rb'\}[ \t\r\n]*,[ \t\r\n]*(\{[ \t\r\n]*"\w)')
 _COUNT = "SELECT CASE WHEN json_valid(?1) THEN json_array_length(?1) END"
@@ -625,8 +626,8 @@ class _Leap:
     it ends in a quote and a letter, the quote would close the string, and no letter follows a string. Without a
     bracket in the text, none lies in an inner array. So each is a boundary; and where the array has one element more
     than there are separators, each element stands between braces. SQLite's parser, five times as fast as json's, is
-    kept from what it sees with other eyes: a NUL would end its text, and it has no limit for the digits of an integer
-    (of 4300 digits, json's limit, 16 in a row lie on every 256th byte).
+    kept from what it sees with other eyes: a NUL would end its text, and its limits are not json's for the digits of an
+    integer and for nesting, neither of which a packet of 4 KiB can reach.
     """
 
     def __init__(self, separator: re.Match[bytes]) -> None:
@@ -642,14 +643,23 @@ class _Leap:
         else:
             cut = data.rfind(self.separator)
             body, used = data[: cut + 1], cut + len(self.separator) - self.tail
-        if not body.startswith(b"{") or b"[" in body or b"\0" in body or re.search(rb"\d{16}", body[::256]):
+        if not body.startswith(b"{") or b"[" in body or b"\0" in body:
             return None
-        count = len(self.find.findall(body)) + 1
+        cuts = [0, *[match.end() for match in self.find.finditer(body)], len(body)]
+        if max(map(operator.sub, cuts[1:], cuts)) > 4096:
+            return None
+        count = len(cuts) - 1
         try:
             proved = self._database.execute(_COUNT, (f"[{body.decode()}]",)).fetchone() == (count,)
         except (UnicodeDecodeError, sqlite3.Error):
             return None
         return _Found([0], count - 1, used, last) if proved else None
+
+
+def _skip_white(data: bytes, base: int) -> tuple[bytes, int]:
+    """`data`, which stands at offset `base`, without the white space before it; and the offset then."""
+    rest = data.lstrip(_WHITE)
+    return rest, base + len(data) - len(rest)
 
 
 def _changed(path: Path) -> OSError:
@@ -686,16 +696,21 @@ class Capture:
         return self._numbers[-1]
 
     def _index(self) -> None:
-        data = self._file.read(BLOCK)
-        opening = _OPENING.match(data)
-        if not opening:
-            raise ValueError("Expecting an array of packets, which begins with '['" if data else "the file is empty")
-        number, base, closed = 0, opening.end(), bool(opening[1])
-        data = data[base:]
+        data = self._file.read(len(codecs.BOM_UTF8))
+        data, base = (b"", len(data)) if data == codecs.BOM_UTF8 else (data, 0)  # let pass (RFC 8259, section 8.1)
+        number, opened, closed = 0, False, False
         limit = 2 if sqlite3 else sys.maxsize  # two packets show what separates them
         while not closed:
             more = self._file.read(max(BLOCK, len(data)))  # twice as much while not one packet fits
-            data += more
+            data, base = _skip_white(data + more, base)
+            if not opened:
+                if data[:1] != b"[" and (data or not more):
+                    raise ValueError(f"Expecting an array of packets, which begins with '[' (byte {base:,})")
+                opened = data[:1] == b"["
+                data, base = _skip_white(data[1:], base + 1) if opened else (data, base)
+            if not number and data[:1] == b"]":
+                data, base = data[1:], base + 1
+                break
             try:
                 found = (self._leap and self._leap.take(data, not more)) or _walk(data, not more, limit)
             except ValueError as error:
@@ -710,9 +725,9 @@ class Capture:
             number += len(found.starts) + found.more
             data, base, closed = data[found.used :], base + found.used, found.closed
         while data or (data := self._file.read(BLOCK)):
-            if rest := data.lstrip(_WHITE):
-                raise ValueError(f"Extra data after the array (byte {base + len(data) - len(rest):,})")
-            data, base = b"", base + len(data)
+            data, base = _skip_white(data, base)
+            if data:
+                raise ValueError(f"Extra data after the array (byte {base:,})")
         self._numbers.append(number)
         self._offsets.append(base)
 
@@ -1416,7 +1431,7 @@ def monitor_and_upload(once: bool = False) -> None:
     """
     global _serving, _stopping
     check_settings()
-    _serving, _stopping = True, False
+    _stopping, _serving = False, True
     try:
         with _only_sender():
             logger.info("Watching %s, uploading to %s", PENDING_DIR, _public_url())
@@ -1605,6 +1620,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
 
 
 def _on_signal(number: int, frame: object) -> None:
+    if not _serving:  # before the loop or after it
+        sys.exit(0)
     stop_sender()
     signal.signal(number, signal.SIG_DFL)  # the second one ends the program at once
 

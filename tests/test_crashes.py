@@ -36,7 +36,7 @@ def test_the_end_at_any_point_loses_nothing_and_repeats_at_most_one_batch(
     scenario: str, stage: Stage, all_points: bool, record_property: Callable[[str, object], None]
 ) -> None:
     there_are = stage(scenario, "count").run_until(0).count
-    points = spread(there_are, 5, all_points)
+    points = spread(there_are, 7, all_points)
     failures = []
     for point in points:
         play = stage(scenario, point)
@@ -55,7 +55,7 @@ def test_the_end_of_the_run_that_repairs_another_end_loses_nothing_either(
 ) -> None:
     there_are = stage("deliveries", "count").run_until(0).count
     chance = random.Random(1)
-    pairs = [(chance.randint(1, there_are), chance.randint(1, there_are)) for _ in range(400 if all_points else 40)]
+    pairs = [(chance.randint(1, there_are), chance.randint(1, there_are)) for _ in range(400 if all_points else 30)]
     failures = []
     for number, pair in enumerate(pairs):
         play = stage("deliveries", number)
@@ -95,7 +95,7 @@ def test_a_process_that_ends_hard_at_any_point_is_repaired_by_the_next(
 
     with MoodyServer(tmp_path / "unused.sqlite3") as server:
         there_are = Play(SCENARIOS[scenario], spool, server, tmp_path / "count").run_until(0).count
-    points = spread(there_are, 25, all_points)
+    points = spread(there_are, 40, all_points)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(try_points, (points[::2], points[1::2]), (1, 2)))
     record_property(f"crash points in '{scenario}', real processes", f"{len(points)} of {there_are} tried")
@@ -250,7 +250,7 @@ def test_a_power_cut_that_keeps_only_what_was_fsynced_loses_nothing_and_repeats_
     before, events = record(stage(scenario, "recorded"))
     states = list(power_cuts(before, events))
     failures = []
-    chosen = spread(len(states), 4, all_points)
+    chosen = spread(len(states), 5, all_points)
     for number in chosen:
         when, names, past = states[number - 1]
         play = stage(scenario, number)

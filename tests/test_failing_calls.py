@@ -41,7 +41,7 @@ ERRORS = {
     "recv": (errno.ECONNRESET, errno.ETIMEDOUT),
 }
 OFTEN = {"POLL_INTERVAL": 0.01, "RETRY_FAILED_INTERVAL": 0.05}
-MUST_BE_TOLD = ("read", "create", "write", "fsync", "rename", "scandir")
+FOLDERS = ("pending_upload", "failed_uploads", "processed")
 AT_START = (".", ".sender.lock")  # what monitor_and_upload() refuses to start without
 
 
@@ -151,6 +151,17 @@ class FailOnce:
     def __init__(self, fault: Fault) -> None:
         self.fault, self.seen = fault, 0
 
+    @property
+    def must_be_told(self) -> bool:
+        """Whether a step failed. (A folder's fsync may: some filesystems have none. Python repeats what was EINTR.)"""
+        return (
+            self.seen >= self.fault.occurrence  # else the daemon was done before
+            and self.fault.call in ("read", "create", "write", "fsync", "rename")
+            and not (self.fault.call == "fsync" and self.fault.path in FOLDERS)
+            and self.fault.code != errno.EINTR
+            and self.fault.path not in AT_START
+        )
+
     def __call__(self, operation: Operation, phase: str) -> None:
         if (operation.call, phase) == (self.fault.call, self.fault.phase):
             self.seen += 1
@@ -165,11 +176,12 @@ def test_one_call_that_fails_at_any_point_costs_no_packet_and_no_repeat_and_is_t
 ) -> None:
     faults = faults_of(stage(scenario, "count"))
     failures = []
-    chosen = spread(len(faults), 12, all_points)
+    chosen = spread(len(faults), 18, all_points)
     for number in chosen:
         fault = faults[number - 1]
         play = stage(scenario, number)
-        with Daemon(play, FailOnce(fault)) as daemon:
+        observer = FailOnce(fault)
+        with Daemon(play, observer) as daemon:
             daemon.settle()
         try:
             if fault.path in AT_START:
@@ -180,8 +192,7 @@ def test_one_call_that_fails_at_any_point_costs_no_packet_and_no_repeat_and_is_t
                 play.balance(lambda: None, crashes=fault.call in NETWORK)
             told = [line for line in daemon.said.lines if os.strerror(fault.code) in line]
             assert len(told) == len(set(told)), told
-            if fault.call in MUST_BE_TOLD and fault.code != errno.EINTR and fault.path not in AT_START:
-                assert told, daemon.said.lines
+            assert told or not observer.must_be_told, daemon.said.lines
         except Exception as error:
             failures.append(f"{number}: {fault}: {error}")
     record_property(f"single errors in '{scenario}'", f"{len(chosen)} of {len(faults)} tried")
@@ -210,7 +221,7 @@ class FailForAWhile:
 
 
 def folder_of(path: str) -> str:
-    return path if path in ("pending_upload", "failed_uploads", "processed") else path.rpartition("/")[0]
+    return path if path in FOLDERS else path.rpartition("/")[0]
 
 
 @pytest.mark.timeout(1800)
@@ -231,7 +242,7 @@ def test_a_fault_that_lasts_is_told_once_and_when_it_is_over_everything_goes_on_
         for occurrence in sorted({1 + number // 5, 1 + number // 2})
     ]
     failures = []
-    chosen = spread(len(faults), 3, all_points)
+    chosen = spread(len(faults), 4, all_points)
     for number in chosen:
         fault = faults[number - 1]
         observer = FailForAWhile(fault)
@@ -247,6 +258,7 @@ def test_a_fault_that_lasts_is_told_once_and_when_it_is_over_everything_goes_on_
             play.balance(lambda: None, crashes=100 if lost_answers else 0)
             told = Counter(line for line in daemon.said.lines if os.strerror(fault.code) in line)
             assert fault.call in NETWORK or not told or max(told.values()) == 1, told
+            assert told or fault.call not in ("read", "create", "write", "rename", "scandir"), daemon.said.lines
         except Exception as error:
             failures.append(f"{number}: {fault}: {error}")
     record_property("lasting errors", f"{len(chosen)} of {len(faults)} tried")
@@ -422,7 +434,7 @@ class Guest:
         self.play = Play(SCENARIOS["plain"], Spool(folder), server, folder)
         self.play.spool.processed.mkdir()
         self.url = server.url.replace("ingest", "health")
-        if os.geteuid() == 0:
+        if sys.platform != "win32" and os.geteuid() == 0:
             for path in (folder, *folder.rglob("*")):
                 os.chown(path, 65534, 65534)
 
