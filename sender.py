@@ -173,6 +173,7 @@ PROCESSED_DIR = LOGS_DIR / "processed"
 READY, TAKEN, STATE = ".ready", ".taken", ".state"
 REJECTED = ".rejected.json"
 TEMPORARY = ".sender.tmp"
+NO_DATA = (TEMPORARY, ".gitkeep", ".DS_Store")
 LONGEST_NAME = 255 - len(STATE)  # bytes
 
 BLOCK = 128 * 1024  # bytes read and proved at a time: enough to be fast, and they stay in the CPU's cache
@@ -502,8 +503,10 @@ class Progress:
         blank = cls(0, 0)
         if any(type(value) is not type(getattr(blank, name)) for name, value in vars(progress).items()):
             raise TypeError("wrong types")
-        if not 0 <= progress.uploaded <= max(progress.packets, 0) or progress.batch_size < 1:
+        if not 0 <= progress.uploaded <= max(progress.packets, 0) <= progress.size or progress.batch_size < 1:
             raise ValueError("wrong numbers")
+        if max(progress.size, progress.attempts, progress.failed_to) > sys.maxsize:
+            raise ValueError("absurd numbers")
         progress.rejected = [(range(progress.uploaded)[index], str(why)) for index, why in progress.rejected]
         return progress
 
@@ -738,7 +741,9 @@ class Capture:
         if behind and self._leap:
             self._file.seek(offset)
             block = self._file.read(self._offsets[mark + 1] - offset)
-            separator = next(itertools.islice(self._leap.find.finditer(block), behind - 1, None))
+            separator = next(itertools.islice(self._leap.find.finditer(block), behind - 1, None), None)
+            if separator is None:
+                raise _changed(self._path)
             offset += separator.end() - self._leap.tail
         return offset
 
@@ -1137,6 +1142,9 @@ def _round(data: Path, record: Path, name: str, attempts: int) -> Answer:
             with Capture(data) as capture:
                 if not progress.belongs_to(capture.status):
                     raise _changed(data)
+                if progress.packets not in (-1, len(capture)):
+                    _forget(record)  # it lies
+                    progress = _load_progress(data, record)
                 answer = _upload(capture, record, name, progress, attempts)
         except OSError:
             if progress.packets >= 0:
@@ -1270,7 +1278,7 @@ def _failed_names(found: dict[str, Any]) -> list[str]:
         for name in found
         if not (name.endswith(STATE) and name[: -len(STATE)] in found)
         and not name.endswith(REJECTED)
-        and (not name.startswith(".") or name.endswith(".json"))
+        and name not in NO_DATA
     ]
 
 
@@ -1311,20 +1319,21 @@ def _remove_orphans() -> None:
                         _remove(folder / name)
 
 
-def _upload_ready() -> None:
-    """Process what is ready, in chronological order: that of the names."""
+def _upload_ready() -> bool:
+    """Process what is ready, in chronological order: that of the names. True if something has been delivered."""
     try:
         names = _ready_names(_scan(PENDING_DIR))
         _told.pop(PENDING_DIR, None)
     except OSError as error:
-        return _complain(PENDING_DIR, error, "nothing can be uploaded until that is mended")
+        _complain(PENDING_DIR, error, "nothing can be uploaded until that is mended")
+        names = []
     for marker in [path for path in _told if path.suffix == READY]:
         _remove_marker(marker.with_suffix(""))
+    delivered = False
     for name in names:
-        if _stopping:
-            return None
-        process_json_file(PENDING_DIR / name)
-    return None
+        if not _stopping:
+            delivered |= process_json_file(PENDING_DIR / name)
+    return delivered
 
 
 def retry_failed_uploads() -> None:
@@ -1447,11 +1456,12 @@ def monitor_and_upload(once: bool = False) -> None:
                     retry_failed_uploads()
                     _prune_processed()
                     next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
-                _upload_ready()
+                at_once = _upload_ready()  # more may have come meanwhile
                 _link.sweep_now &= early_sweeps > 0
-                if once and not _link.sweep_now:
+                at_once |= _link.sweep_now
+                if once and not at_once:
                     break
-                _nap(0 if _link.sweep_now else POLL_INTERVAL)
+                _nap(0 if at_once else POLL_INTERVAL)
             logger.info("Stopped; %s waiting", _count(len(_waiting()), "file"))
     finally:
         _serving = _stopping = False
@@ -1546,7 +1556,7 @@ def print_status() -> bool:
     print(f"Sender  {f'running (pid {pid})' if pid else 'not running'}")
     print(textwrap.fill(f"Server  {f'not reachable: {trouble}' if trouble else 'reachable'}, {_public_url()}", 80))
     print(f"\n{'':16}{'files':>9}{'size':>12}   oldest")
-    done = [name for name in processed if not name.startswith(".")]
+    done = [name for name in processed if name not in NO_DATA]
     for title, names, found in (
         ("pending_upload", ready + unmarked, pending),
         ("failed_uploads", again, failed),
