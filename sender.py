@@ -17,7 +17,8 @@ start goes on from there.
 
 X.json.state says how far the upload got and what failed last. X.rejected.json holds single packets that the server
 will not have, with its reasons in X.rejected.json.state; they wait for a person. Nothing is ever overwritten: where
-a name exists, the newcomer becomes X.1.json.
+a name exists, the newcomer becomes X.1.json. Besides, logs/ has .sender.lock, a folder for an instant .sender.tmp; a
+.gitkeep is let be.
 
 Delivery is at least once on the wire, and exactly once on a server that honours Idempotency-Key: a batch whose answer
 was lost goes out again byte for byte the same, under the same key.

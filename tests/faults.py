@@ -297,9 +297,10 @@ def watched(folder: Path, observer: Observer) -> Iterator[None]:
 
         def patch(module: Any, name: str, wrap: Callable[..., Any], *arguments: Any) -> None:
             if hasattr(module, name):
-                wrapper = wrap(watch, *arguments, getattr(module, name))
+                real = getattr(module, name)
+                wrapper = wrap(watch, *arguments, real)
                 patches.enter_context(mock.patch.object(module, name, wrapper))
-                if hasattr(_ACCESSOR, name):
+                if getattr(_ACCESSOR, name, None) is real:
                     patches.enter_context(mock.patch.object(_ACCESSOR, name, staticmethod(wrapper)))
 
         for call in _ENDS_TOLD:

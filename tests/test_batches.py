@@ -397,6 +397,25 @@ def test_packets_that_make_the_server_answer_500_are_set_aside_once_it_has_accep
     assert_isolated(spool, server, poison, 64, content)
 
 
+def test_the_first_500_of_a_batch_is_no_rejection_though_the_file_failed_before_and_others_were_accepted(
+    spool: Spool,
+) -> None:
+    with ScriptedServer(lambda request: reply(503)) as server:
+        spool.drop("a.json", capture(64))
+        sender, _ = load(spool, server, BATCH_SIZE=16)
+        assert not sender.process_json_file(spool.pending / "a.json")
+        server.script = lambda request: None
+        spool.drop("b.json", capture(1, start=1000))
+        assert sender.process_json_file(spool.pending / "b.json")
+        server.script = refusing({20, 21, 22}, 500)
+        sender.retry_failed_uploads()
+        server.script = lambda request: None
+        sender.retry_failed_uploads()
+    assert [size for size in server.sizes if size not in (1, 16)] == []
+    assert first_numbers(server)[-5:] == [0, 16, 16, 32, 48]
+    assert spool.names() == ["processed/a.json", "processed/b.json"]
+
+
 def test_a_server_that_answers_500_to_everything_gets_nothing_set_aside(spool: Spool) -> None:
     with ScriptedServer(lambda request: reply(500, "Internal Server Error")) as server:
         files = ["a.json", "b.json", "c.json"]
