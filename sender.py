@@ -178,9 +178,10 @@ NO_DATA = (TEMPORARY, ".gitkeep", ".DS_Store")
 LONGEST_NAME = 255 - len(STATE)  # bytes
 
 BLOCK = 128 * 1024  # bytes read and proved at a time: enough to be fast, and they stay in the CPU's cache
-LONGEST_PACKET = 8 * 1024 * 1024  # bytes; a longer one is damage, and not worth the memory
+LONGEST_PACKET = 4 * 1024 * 1024  # bytes; a longer one is damage, and not worth the memory
+LONGEST_RECORD = 64 * 1024 * 1024  # bytes; some 200 for each rejected packet
 REPLY_LIMIT = 8 * 1024  # bytes of a reply that are read
-EARLY_SWEEPS = 5  # sweeps ahead of their time: a file that brings the server down does not do so with every success
+EARLY_SWEEPS = 5  # ahead of their time, until a new file fails: one that brings the server down must not do so often
 RETRY_AFTER_LIMIT = 60  # seconds of a Retry-After that are honoured
 
 
@@ -245,6 +246,7 @@ class Link:
     down_since: Optional[float] = None  # monotonic time of the first failure after a success
     sweep_when_back: bool = False  # files have failed since the last sweep
     sweep_now: bool = False
+    early_sweeps: int = 0  # sweeps that may still come ahead of their time
     accepted_at: str = ""  # time of the last success, as _now() writes it
 
 
@@ -252,6 +254,7 @@ _link = Link()
 _serving = False
 _stopping = False
 _told: dict[Path, str] = {}  # trouble that lasts is told once, not at every poll
+_stale_markers: set[Path] = set()  # files that are taken, but whose markers could not be removed yet
 
 
 def stop_sender() -> None:
@@ -416,7 +419,7 @@ def _free_path(folder: Path, name: str, suffix: str = "", content: Optional[byte
     while True:
         number += 1
         tail = (f".{number}" if number else "") + (suffix or own_suffix)
-        while tail != own_suffix and len(os.fsencode(stem + tail)) > LONGEST_NAME:
+        while stem and tail != own_suffix and len(os.fsencode(stem + tail)) > LONGEST_NAME:
             stem = stem[:-1]
         path = folder / (stem + tail)
         if folder == FAILED_DIR and not suffix and path.name.endswith(REJECTED):
@@ -450,7 +453,8 @@ def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(TEMPORARY)
     try:
-        with open(temporary, "wb") as file:
+        _remove(temporary)
+        with open(temporary, "xb") as file:  # never through a link, never into a FIFO
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # before the rename: a power cut could else leave the new name without content
@@ -480,7 +484,8 @@ class Progress:
     last_error: str = ""
     time: str = ""  # of the last failure, UTC
     unreadable: bool = False  # not JSON: not read again until it changes
-    failed_to: int = 0  # end of the batch on which the last round failed with a time-out or a 500
+    timed_out_to: int = 0  # end of the batch on which a round ended with a time-out
+    fault_to: int = 0  # the same with a 500
     set_aside: int = 0  # packets of the file in X.rejected.json
     rejected: list[tuple[int, str]] = field(default_factory=list)  # a packet's index, the server's reason
 
@@ -495,7 +500,7 @@ class Progress:
         return (self.size, self.mtime_ns) == (status.st_size, status.st_mtime_ns)
 
     def to_json(self) -> bytes:
-        return json.dumps(vars(self)).encode()
+        return json.dumps(vars(self), ensure_ascii=False).encode(errors="surrogateescape")
 
     @classmethod
     def from_json(cls, text: bytes) -> "Progress":
@@ -506,13 +511,14 @@ class Progress:
             raise TypeError("wrong types")
         if not 0 <= progress.uploaded <= max(progress.packets, 0) <= progress.size or progress.batch_size < 1:
             raise ValueError("wrong numbers")
-        if max(progress.size, progress.attempts, progress.failed_to) > sys.maxsize:
+        if max(progress.size, progress.attempts, progress.timed_out_to, progress.fault_to) > sys.maxsize:
             raise ValueError("absurd numbers")
         progress.rejected = [(range(progress.uploaded)[index], str(why)) for index, why in progress.rejected]
         return progress
 
 
 _unsaved: dict[Path, Progress] = {}  # what a full disk kept from its file
+_unmoved: dict[Path, Answer] = {}  # why files failed that failed_uploads/ does not take
 
 
 def _load_progress(data: Path, record: Path) -> Progress:
@@ -527,7 +533,7 @@ def _load_progress(data: Path, record: Path) -> Progress:
         progress = _unsaved.get(record)
         if not progress:
             with _open_regular(record) as file:
-                progress = Progress.from_json(file.read(LONGEST_PACKET))
+                progress = Progress.from_json(file.read(LONGEST_RECORD))
     except FileNotFoundError:
         return fresh
     except (NotRegular, ValueError, TypeError, IndexError, RecursionError) as error:
@@ -535,7 +541,10 @@ def _load_progress(data: Path, record: Path) -> Progress:
         return fresh
     if not progress.belongs_to(status):
         return fresh
-    return replace(progress, batch_size=min(progress.batch_size, BATCH_SIZE), rejected=[*progress.rejected])
+    progress = replace(progress, rejected=[*progress.rejected])
+    if progress.time > _now():  # a clock was wrong
+        progress.time = ""
+    return progress
 
 
 def _save_progress(record: Path, progress: Progress) -> None:
@@ -585,10 +594,9 @@ _DECODER = json.JSONDecoder(object_pairs_hook=len, parse_constant=_no_constant) 
 
 
 class _Found(NamedTuple):
-    """Packets in a block: where they start, how many more follow the last start, bytes used, if it was the end."""
+    """The packets at the beginning of a block: where each starts, how many bytes they take, if the array ended."""
 
     starts: list[int]
-    more: int
     used: int
     closed: bool
 
@@ -620,7 +628,7 @@ def _walk(data: bytes, last: bool, limit: int) -> _Found:
     except UnicodeDecodeError as error:
         before = sum(start <= error.start for start in starts) - 1
         raise ValueError(f"not UTF-8, {error.reason}", before, error.start) from None
-    return _Found(starts, 0, at, closed)
+    return _Found(starts, at, closed)
 
 
 class _Leap:
@@ -649,15 +657,14 @@ class _Leap:
             body, used = data[: cut + 1], cut + len(self.separator) - self.tail
         if not body.startswith(b"{") or b"[" in body or b"\0" in body:
             return None
-        cuts = [0, *[match.end() for match in self.find.finditer(body)], len(body)]
-        if max(map(operator.sub, cuts[1:], cuts)) > 4096:
+        starts = [0, *[match.end() - self.tail for match in self.find.finditer(body)]]
+        if max(map(operator.sub, [*starts[1:], len(body)], starts)) > 4096:
             return None
-        count = len(cuts) - 1
         try:
-            proved = self._database.execute(_COUNT, (f"[{body.decode()}]",)).fetchone() == (count,)
+            proved = self._database.execute(_COUNT, (f"[{body.decode()}]",)).fetchone() == (len(starts),)
         except (UnicodeDecodeError, sqlite3.Error):
             return None
-        return _Found([0], count - 1, used, last) if proved else None
+        return _Found(starts, used, last) if proved else None
 
 
 def _skip_white(data: bytes, base: int) -> tuple[bytes, int]:
@@ -674,14 +681,14 @@ class Capture:
     """A capture file, open, from which batches are cut.
 
     Made only when the whole file is proved to be one UTF-8 JSON array of objects; raises ValueError with the reason
-    and the place otherwise, and OSError. In memory is one mark for each block of packets, or for each packet of a
-    file of an unusual layout.
+    and the place otherwise, and OSError. In memory is one mark for each block of packets.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = _open_regular(path)
         self._numbers, self._offsets = array("Q"), array("Q")  # marks: packet number, byte offset; at last the end
+        self._leapt = bytearray()  # whether all packets behind a mark have the leap's separator between them
         self._leap: Optional[_Leap] = None
         try:
             self.status = os.fstat(self._file.fileno())
@@ -716,7 +723,8 @@ class Capture:
                 data, base = data[1:], base + 1
                 break
             try:
-                found = (self._leap and self._leap.take(data, not more)) or _walk(data, not more, limit)
+                leapt = self._leap and self._leap.take(data, not more)
+                found = leapt or _walk(data, not more, limit)
             except ValueError as error:
                 reason, before, at = error.args
                 raise ValueError(f"{reason} (packet {number + before + 1:,}, byte {base + at:,})") from None
@@ -724,9 +732,11 @@ class Capture:
                 limit = sys.maxsize
                 separator = _SEPARATOR.match(data, data.rfind(b"}", 0, found.starts[1]))
                 self._leap = _Leap(separator) if separator else None
-            self._numbers.extend(range(number, number + len(found.starts)))
-            self._offsets.extend(base + start for start in found.starts)
-            number += len(found.starts) + found.more
+            if found.starts:
+                self._numbers.append(number)
+                self._offsets.append(base)
+                self._leapt.append(bool(leapt))
+            number += len(found.starts)
             data, base, closed = data[found.used :], base + found.used, found.closed
         while data or (data := self._file.read(BLOCK)):
             data, base = _skip_white(data, base)
@@ -736,16 +746,19 @@ class Capture:
         self._offsets.append(base)
 
     def _offset(self, number: int) -> int:
-        """Where packet `number` starts: at a mark, or so many separators behind it."""
+        """Where packet `number` starts: at a mark, or so many packets behind it."""
         mark = bisect.bisect_right(self._numbers, number) - 1
         offset, behind = self._offsets[mark], number - self._numbers[mark]
-        if behind and self._leap:
+        if behind:
             self._file.seek(offset)
             block = self._file.read(self._offsets[mark + 1] - offset)
-            separator = next(itertools.islice(self._leap.find.finditer(block), behind - 1, None), None)
-            if separator is None:
-                raise _changed(self._path)
-            offset += separator.end() - self._leap.tail
+            try:
+                if self._leap and self._leapt[mark]:
+                    cut = next(itertools.islice(self._leap.find.finditer(block), behind - 1, None))
+                    return offset + cut.end() - self._leap.tail
+                return offset + _walk(block, False, behind + 1).starts[behind]
+            except (ValueError, IndexError, StopIteration):
+                raise _changed(self._path) from None
         return offset
 
     def cut(self, start: int, stop: int) -> bytes:
@@ -805,6 +818,12 @@ class _Reply(http.client.HTTPResponse):
 
     def begin(self) -> None:
         super().begin()
+        while self.status in (
+            102,
+            103,
+        ):  # not yet the answer (RFC 9110, section 15.2); http.client passes over 100 alone
+            self.headers = self.msg = None  # type: ignore[assignment]
+            super().begin()
         if self._wire.ended:  # http.client takes headers that were cut off for whole ones
             raise http.client.HTTPException("the reply ends within its headers")
         self.headers.defects.clear()  # urllib3 would log them, with a traceback and the whole URL
@@ -896,7 +915,8 @@ def _post(batch: Batch, compress: bool) -> tuple[int, Any, str]:
                 raise
             text = b""
         else:
-            _link.kept_alive = len(text) < REPLY_LIMIT
+            closes = response.headers.get("Connection", "").lower() == "close" or response.raw.version == 10
+            _link.kept_alive = len(text) < REPLY_LIMIT and not closes
         return response.status_code, response.headers, text.decode(errors="replace")
 
 
@@ -1051,23 +1071,23 @@ def _learn(progress: Progress, sent: int, answer: Answer) -> bool:
     says that a batch was too much, and growing back with every success.
     """
     outcome, end, half = answer.outcome, progress.uploaded + sent, max(1, sent // 2)
-    failed_before = progress.uploaded < progress.failed_to
     works_for_others = bool(progress.time) and _link.accepted_at > progress.time
-    if outcome is Outcome.FAULT and failed_before and works_for_others:
+    if outcome is Outcome.FAULT and progress.uploaded < progress.fault_to and works_for_others:
         outcome = Outcome.REJECTED
     if outcome:
         progress.uploaded = end
         bearable = int(sent * REQUEST_TIMEOUT / 2 / max(answer.took, 1e-3))  # packets, at the pace of this answer
-        grown = max(progress.batch_size, min(2 * progress.batch_size, BATCH_SIZE, bearable))
+        grown = min(BATCH_SIZE, max(progress.batch_size, min(2 * progress.batch_size, bearable)))
         progress.batch_size = half if answer.took > REQUEST_TIMEOUT / 2 else grown
         return True
     if outcome in (Outcome.TOO_LARGE, Outcome.REJECTED):
         progress.batch_size = half
         return sent > 1 or _pass_over(progress, answer, works_for_others)
-    if outcome is Outcome.TIMED_OUT and failed_before:
-        progress.batch_size = half
-    if outcome in (Outcome.TIMED_OUT, Outcome.FAULT):
-        progress.failed_to = end
+    if outcome is Outcome.FAULT:
+        progress.fault_to = end
+    if outcome is Outcome.TIMED_OUT:
+        progress.batch_size = half if progress.uploaded < progress.timed_out_to else progress.batch_size
+        progress.timed_out_to = end
     return False
 
 
@@ -1096,6 +1116,8 @@ def _upload(capture: Capture, record: Path, name: str, progress: Progress, attem
     """
     on_disk = progress.next_batch() if progress.packets >= 0 else (0, BATCH_SIZE)
     progress.packets = len(capture)
+    if progress.uploaded >= progress.timed_out_to:  # else the server may have this very batch, and know its key
+        progress.batch_size = min(progress.batch_size, BATCH_SIZE)
     while progress.uploaded < progress.packets:
         if progress.next_batch() != on_disk:
             _save_progress(record, progress)
@@ -1136,8 +1158,8 @@ def _set_aside(capture: Capture, record: Path, name: str, progress: Progress) ->
 def _round(data: Path, record: Path, name: str, attempts: int) -> Answer:
     """One round of one file: upload what is left, then move it. Raises OSError where a file operation fails."""
     progress = _load_progress(data, record)
-    only_move = progress.complete
-    answer = Answer(Outcome.DELIVERED)
+    only_move = progress.complete or data in _unmoved
+    answer = _unmoved.pop(data, Answer(Outcome.DELIVERED))
     if not only_move:
         try:
             with Capture(data) as capture:
@@ -1157,7 +1179,15 @@ def _round(data: Path, record: Path, name: str, attempts: int) -> Answer:
     if answer:
         _done(data, record, name, progress, only_move)
     elif answer.outcome is not Outcome.STOPPED:
-        _failed(data, record, name, progress, answer)
+        if not only_move:
+            progress.attempts += 1
+            progress.last_error, progress.time = answer.reason, _now()
+        try:
+            _failed(data, record, name, progress, answer)
+        except OSError:
+            _unmoved[data] = answer  # until the next sweep only the move is tried again
+            _save_progress(record, progress)
+            raise
     return answer
 
 
@@ -1171,8 +1201,11 @@ def _done(data: Path, record: Path, name: str, progress: Progress, noted: bool) 
             _save_progress(record, progress)
         raise
     _forget(record)  # last: a crash before this leaves a record without a file, and no file without its record
-    with contextlib.suppress(OSError):  # KEEP_PROCESSED_DAYS then counts from the capture, not from the upload
+    try:
         os.utime(target)
+    except OSError as error:
+        if KEEP_PROCESSED_DAYS:
+            _complain(target, error, "KEEP_PROCESSED_DAYS will count from its capture, not from its upload")
     aside = f", {progress.set_aside} set aside" if progress.set_aside else ""
     renamed = "" if target.name == name else f", kept as {_printable(target.name)}"
     delivered = progress.packets - progress.set_aside
@@ -1180,9 +1213,7 @@ def _done(data: Path, record: Path, name: str, progress: Progress, noted: bool) 
 
 
 def _failed(data: Path, record: Path, name: str, progress: Progress, answer: Answer) -> None:
-    """Note why a file failed, and move it to failed_uploads/ where it is not there yet."""
-    progress.attempts += 1
-    progress.last_error, progress.time = answer.reason, _now()
+    """Tell why a file failed, and move it to failed_uploads/ where it is not there yet."""
     what = f"{_printable(name)} stays in failed_uploads/"
     if data.parent == FAILED_DIR:
         _save_progress(record, progress)
@@ -1196,6 +1227,7 @@ def _failed(data: Path, record: Path, name: str, progress: Progress, answer: Ans
         renamed = "" if target.name == name else f" as {_printable(target.name)}"
         what = f"{_printable(name)} moved to failed_uploads/{renamed}"
         _link.sweep_when_back |= answer.outcome is not Outcome.UNREADABLE
+        _link.early_sweeps = EARLY_SWEEPS
     _link.sweep_when_back |= answer.outcome in (Outcome.UNREACHABLE, Outcome.BUSY)
     done = f" ({progress.uploaded:,}/{progress.packets:,} packets uploaded)" if progress.uploaded else ""
     then = f"next try within {RETRY_FAILED_INTERVAL:g} seconds"
@@ -1226,12 +1258,14 @@ def _remove_marker(path: Path) -> None:
     """Remove the marker of a file that is taken, but not one that its producer has put for a new file of that name."""
     marker = _beside(path, READY)
     try:
-        if not _exists(path):
-            marker.unlink(missing_ok=True)
-            _told.pop(marker, None)
-        if _exists(path):  # written anew by now, and what has just been removed may have been its marker
-            marker.touch()
+        if not _exists(path) and _exists(marker):
+            os.unlink(marker)
+            if _exists(path):  # written anew this very moment, and what has just been removed may have been its marker
+                marker.touch()
+        _stale_markers.discard(path)
+        _told.pop(marker, None)
     except OSError as error:
+        _stale_markers.add(path)
         _complain(marker, error, "this marker stays for now, which does no harm")
 
 
@@ -1300,24 +1334,27 @@ def _due() -> list[Path]:
 
 
 def _waiting() -> list[str]:
-    """The names of the files that are still to be delivered, in both folders."""
-    with contextlib.suppress(OSError):
-        return _ready_names(_scan(PENDING_DIR)) + _failed_names(_scan(FAILED_DIR))
-    return []
+    """The names of the files that are still to be delivered, in both folders; a folder that cannot be read is one."""
+    names = []
+    for folder, choose in ((PENDING_DIR, _ready_names), (FAILED_DIR, _failed_names)):
+        try:
+            names += choose(_scan(folder))
+        except OSError:
+            names.append(folder.name)
+    return names
 
 
-def _remove_orphans() -> None:
-    """Remove the records that a crash left when their file had moved on. They are JSON objects; data never is."""
-    for folder in (PENDING_DIR, FAILED_DIR):
-        found = _scan(folder)
-        for name in [name for name in found if name.endswith(STATE)]:
-            base = name[: -len(STATE)]
-            if base not in found and base + TAKEN not in found:
-                with contextlib.suppress(OSError, ValueError, RecursionError):  # not ours
-                    with _open_regular(folder / name) as file:
-                        is_record = isinstance(json.load(file), dict)
-                    if is_record:
-                        _remove(folder / name)
+def _remove_orphans(folder: Path) -> None:
+    """Remove the records that a crash left when their file had moved on: JSON objects of ours, which data never is."""
+    found = _scan(folder)
+    for name in [name for name in found if name.endswith(STATE)]:
+        base = name[: -len(STATE)]
+        if base not in found and base + TAKEN not in found:
+            with contextlib.suppress(OSError, ValueError, RecursionError):  # not ours
+                with _open_regular(folder / name) as file:
+                    content = json.load(file)
+                if isinstance(content, dict) and "rejected" in content:
+                    _remove(folder / name)
 
 
 def _upload_ready() -> bool:
@@ -1328,8 +1365,8 @@ def _upload_ready() -> bool:
     except OSError as error:
         _complain(PENDING_DIR, error, "nothing can be uploaded until that is mended")
         names = []
-    for marker in [path for path in _told if path.suffix == READY]:
-        _remove_marker(marker.with_suffix(""))
+    for path in list(_stale_markers):
+        _remove_marker(path)
     delivered = False
     for name in names:
         if not _stopping:
@@ -1339,8 +1376,11 @@ def _upload_ready() -> bool:
 
 def retry_failed_uploads() -> None:
     """One sweep over failed_uploads/: one attempt a file, new files first. Ends early when it is the server's."""
+    _unmoved.clear()
+    with contextlib.suppress(OSError):  # told by _upload_ready()
+        _remove_orphans(PENDING_DIR)
     try:
-        _remove_orphans()
+        _remove_orphans(FAILED_DIR)
         due = _due()
         _told.pop(FAILED_DIR, None)
     except OSError as error:
@@ -1354,6 +1394,9 @@ def retry_failed_uploads() -> None:
             break
         try:
             answer = _round(path, _beside(path, STATE), path.name, attempts=1)
+        except FileNotFoundError as error:
+            _complain(path, error, "somebody has taken it away")
+            continue
         except OSError as error:
             _complain(path, error, "it stays in its folder and is tried again")
             continue
@@ -1397,10 +1440,19 @@ def _holder(fd: int) -> str:
 
 
 @contextlib.contextmanager
-def _only_sender() -> Iterator[None]:
-    """Hold LOGS_DIR's lock: the operating system's, so it dies with the process. Its file only names the holder."""
+def _only_sender() -> Iterator[Callable[[], bool]]:
+    """Hold LOGS_DIR's lock: the operating system's, so it dies with the process. Its file only names the holder.
+
+    Yields a function that tells whether the lock is still the one that others would find.
+    """
     LOGS_DIR.mkdir(parents=True, exist_ok=True)
     fd = os.open(_lock_path(), os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o644)
+
+    def in_place() -> bool:
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(fd), os.stat(_lock_path()))
+        return False
+
     try:
         for patience in range(10, -1, -1):
             try:
@@ -1408,15 +1460,14 @@ def _only_sender() -> Iterator[None]:
                 break
             except (BlockingIOError, PermissionError):
                 if not patience:
-                    raise AlreadyRunning(
-                        f"Another sender (pid {_holder(fd)}) serves {LOGS_DIR}: stop it first"
-                    ) from None
+                    holder = f"Another sender (pid {_holder(fd)}) serves {_printable(LOGS_DIR)}: stop it first"
+                    raise AlreadyRunning(holder) from None
                 time.sleep(0.1)  # --status holds the lock for an instant
         with contextlib.suppress(OSError):  # a full disk has no room for a pid
             os.ftruncate(fd, 0)
             os.lseek(fd, 0, os.SEEK_SET)
             os.write(fd, str(os.getpid()).encode())
-        yield
+        yield in_place
     finally:
         os.close(fd)
 
@@ -1441,31 +1492,39 @@ def monitor_and_upload(once: bool = False) -> None:
     """
     global _serving, _stopping
     check_settings()
-    _stopping, _serving = False, True
-    try:
-        with _only_sender():
-            logger.info("Watching %s, uploading to %s", PENDING_DIR, _public_url())
-            _check_folders()
-            # Having freed one large block, glibc does not return each batch's memory to the system: a fifth less CPU.
-            bytes(16 << 20)
-            next_sweep, early_sweeps = time.monotonic(), 0
-            while not _stopping:
-                in_time = time.monotonic() >= next_sweep
-                if in_time or _link.sweep_now:
-                    early_sweeps = EARLY_SWEEPS if in_time else early_sweeps - 1
-                    _link.sweep_now = False
-                    retry_failed_uploads()
-                    _prune_processed()
-                    next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
-                at_once = _upload_ready()  # more may have come meanwhile
-                _link.sweep_now &= early_sweeps > 0
-                at_once |= _link.sweep_now
-                if once and not at_once:
-                    break
-                _nap(0 if at_once else POLL_INTERVAL)
-            logger.info("Stopped; %s waiting", _count(len(_waiting()), "file"))
-    finally:
-        _serving = _stopping = False
+    again = True
+    while again:  # more than once only where LOGS_DIR has been taken away, with the lock in it
+        with _only_sender() as lock_in_place:
+            try:
+                _stopping, _serving = False, True
+                _check_folders()
+                again = _serve(once, lock_in_place)
+            finally:
+                _serving = _stopping = False
+
+
+def _serve(once: bool, lock_in_place: Callable[[], bool]) -> bool:
+    """The loop; True when it ended because the lock is gone."""
+    logger.info("Watching %s, uploading to %s", _printable(PENDING_DIR), _public_url())
+    # Having freed one large block, glibc does not return each batch's memory to the system: a fifth less CPU.
+    bytes(16 << 20)
+    next_sweep = time.monotonic()
+    while not _stopping and lock_in_place():
+        in_time = time.monotonic() >= next_sweep
+        if in_time or _link.sweep_now:
+            _link.early_sweeps = EARLY_SWEEPS if in_time else _link.early_sweeps - 1
+            _link.sweep_now = False
+            retry_failed_uploads()
+            _prune_processed()
+            next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
+        at_once = _upload_ready()  # more may have come meanwhile
+        _link.sweep_now &= _link.early_sweeps > 0
+        at_once |= _link.sweep_now
+        if once and not at_once:
+            break
+        _nap(0 if at_once else POLL_INTERVAL)
+    logger.info("Stopped; %s waiting", _count(len(_waiting()), "file"))
+    return not _stopping and not once
 
 
 # ---------------------------------------------------------------- --status
@@ -1506,11 +1565,11 @@ def _running_pid() -> str:
 
 
 def _listing(folder: Path) -> dict[str, os.stat_result]:
-    """The regular files of a folder; nothing is made or changed."""
+    """The regular files of a folder, none where it does not exist; nothing is made or changed. Raises OSError."""
     found = {}
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            with contextlib.suppress(OSError):  # gone since the scan
+            with contextlib.suppress(FileNotFoundError):  # gone since the scan
                 if entry.is_file(follow_symlinks=False):
                     found[entry.name] = entry.stat(follow_symlinks=False)
     return found
@@ -1539,7 +1598,7 @@ def _failure(name: str) -> str:
     """Why a file is in failed_uploads/, as its record says."""
     try:
         with _open_regular(FAILED_DIR / (name + STATE)) as file:
-            progress = Progress.from_json(file.read(LONGEST_PACKET))
+            progress = Progress.from_json(file.read(LONGEST_RECORD))
     except (OSError, ValueError, TypeError, IndexError, RecursionError):
         return "not tried yet"
     done = f"{progress.uploaded:,}/{progress.packets:,} packets uploaded; " if progress.uploaded else ""
@@ -1581,7 +1640,7 @@ def print_status() -> bool:
     ]
     print()
     print(textwrap.fill(f"Not well: {', '.join(problems)}." if problems else "All is well.", 80))
-    sys.stdout.flush()
+    print(end="", flush=True)
     return not problems
 
 
@@ -1617,8 +1676,10 @@ def main(arguments: Optional[list[str]] = None) -> int:
     if options.status:
         try:
             return 0 if print_status() else 1
-        except BrokenPipeError:  # --status | head -1; what is still buffered goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:  # such as a folder without permission, or --status | head -1
+            logger.error("%s", _reason(error))
+            with contextlib.suppress(AttributeError, OSError):  # what is still buffered goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
     for number in _STOP_SIGNALS:
         signal.signal(number, _on_signal)
