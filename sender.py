@@ -547,7 +547,7 @@ def _load_progress(data: Path, record: Path) -> Progress:
     return progress
 
 
-def _save_progress(record: Path, progress: Progress) -> None:
+def _save_progress(record: Path, progress: Progress, tell: bool = True) -> None:
     """Write the record. A disk that refuses it stops no upload: it is kept in memory until the disk takes it."""
     try:
         _write(record, progress.to_json())
@@ -555,7 +555,8 @@ def _save_progress(record: Path, progress: Progress) -> None:
         _told.pop(record, None)
     except OSError as error:
         _unsaved[record] = replace(progress, rejected=[*progress.rejected])
-        _complain(record, error, "the upload goes on, but a crash now would send packets again")
+        if tell:
+            _complain(record, error, "the upload goes on, but a crash now would send packets again")
 
 
 def _forget(record: Path) -> None:
@@ -716,7 +717,8 @@ class Capture:
             data, base = _skip_white(data + more, base)
             if not opened:
                 if data[:1] != b"[" and (data or not more):
-                    raise ValueError(f"Expecting an array of packets, which begins with '[' (byte {base:,})")
+                    what = "which begins with '['" if data else "but the file is empty"
+                    raise ValueError(f"Expecting an array of packets, {what} (byte {base:,})")
                 opened = data[:1] == b"["
                 data, base = _skip_white(data[1:], base + 1) if opened else (data, base)
             if not number and data[:1] == b"]":
@@ -1171,7 +1173,7 @@ def _round(data: Path, record: Path, name: str, attempts: int) -> Answer:
                 answer = _upload(capture, record, name, progress, attempts)
         except OSError:
             if progress.packets >= 0:
-                _save_progress(record, progress)  # what the server has acknowledged is not sent again
+                _save_progress(record, progress, tell=False)  # what the server has acknowledged is not sent again
             raise
         except ValueError as error:
             progress.unreadable = True
@@ -1186,7 +1188,7 @@ def _round(data: Path, record: Path, name: str, attempts: int) -> Answer:
             _failed(data, record, name, progress, answer)
         except OSError:
             _unmoved[data] = answer  # until the next sweep only the move is tried again
-            _save_progress(record, progress)
+            _save_progress(record, progress, tell=False)  # the error itself is told
             raise
     return answer
 
@@ -1198,7 +1200,7 @@ def _done(data: Path, record: Path, name: str, progress: Progress, noted: bool) 
         _move(data, target)
     except OSError:
         if not noted:
-            _save_progress(record, progress)
+            _save_progress(record, progress, tell=False)
         raise
     _forget(record)  # last: a crash before this leaves a record without a file, and no file without its record
     try:
@@ -1608,7 +1610,14 @@ def _failure(name: str) -> str:
 def print_status() -> bool:
     """Print how things stand, in 80 columns; True when all is well. Nothing is changed."""
     now, pid, trouble = time.time(), _running_pid(), _server_trouble()
-    pending, failed, processed = (_listing(folder) for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR))
+    listings, problems = [], [] if pid else ["no sender is running"]
+    for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR):
+        try:
+            listings.append(_listing(folder))
+        except OSError as error:
+            listings.append({})
+            problems.append(f"{folder.name} cannot be read ({_one_line(error.strerror or str(error))})")
+    pending, failed, processed = listings
     ready = [name for name in pending if name + READY in pending or name.endswith(".json" + TAKEN)]
     unmarked = [name for name in pending if name.endswith(".json") and name not in ready]
     again = _failed_names(failed)
@@ -1631,8 +1640,7 @@ def print_status() -> bool:
     ages = [(_printable(name), f"written {_duration(now - pending[name].st_mtime)} ago") for name in unmarked]
     _print_rows("No marker: still being written, or its .ready file is missing", ages[:5], len(ages))
     late = [name for name in unmarked if now - pending[name].st_mtime > 60]
-    problems = [
-        *([] if pid else ["no sender is running"]),
+    problems += [
         *(["the server is not reachable"] if trouble else []),
         *([f"{_count(len(again), 'failed upload')}"] if again else []),
         *([f"{_count(len(aside), 'file')} of rejected packets"] if aside else []),
@@ -1676,8 +1684,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     if options.status:
         try:
             return 0 if print_status() else 1
-        except OSError as error:  # such as a folder without permission, or --status | head -1
-            logger.error("%s", _reason(error))
+        except OSError:  # the console has gone: --status | head -1
             with contextlib.suppress(AttributeError, OSError):  # what is still buffered goes nowhere
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1

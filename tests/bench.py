@@ -51,23 +51,32 @@ from typing import Any, NamedTuple, NoReturn
 SENDER = Path(__file__).resolve().parent.parent / "sender.py"
 
 SEED = 20261123
-BATCH = 1000             # packets in one request, sender.py's own default
+BATCH = 1000  # packets in one request, sender.py's own default
 ROUND_PACKETS = 100_000  # in one run, so that start-up (0.1 s) does not decide the result
 FILE_SIZES = (500, 5_000, 50_000)
-HEADLINE_SIZE = 5_000    # a few seconds of a busy interface
+HEADLINE_SIZE = 5_000  # a few seconds of a busy interface
 HUGE_SIZE = 1_000_000
-LATENCY = 0.02           # seconds: a server in the same country
+LATENCY = 0.02  # seconds: a server in the same country
 
 BACKLOG_FILES, FEW_FILES, OLD_FILES, SMALL_FILE = 5_000, 500, 10_000, 10
 IDLE_SETTLE, IDLE_SECONDS = 5, 60
 
-RUN_LIMIT = 900          # seconds after which a run is taken to hang
+RUN_LIMIT = 900  # seconds after which a run is taken to hang
 BAR_WIDTH = 48
 
 # Anything of the caller's environment that would make the contenders do different work.
 SENDER_SETTINGS = {
-    "SERVER_URL", "API_TOKEN", "POLL_INTERVAL", "MAX_RETRIES", "RETRY_DELAY", "BATCH_SIZE",
-    "REQUEST_TIMEOUT", "RETRY_FAILED_INTERVAL", "COMPRESS", "KEEP_PROCESSED_DAYS", "LOGS_DIR",
+    "SERVER_URL",
+    "API_TOKEN",
+    "POLL_INTERVAL",
+    "MAX_RETRIES",
+    "RETRY_DELAY",
+    "BATCH_SIZE",
+    "REQUEST_TIMEOUT",
+    "RETRY_FAILED_INTERVAL",
+    "COMPRESS",
+    "KEEP_PROCESSED_DAYS",
+    "LOGS_DIR",
     "LOG_LEVEL",
 }
 
@@ -75,11 +84,39 @@ SENDER_SETTINGS = {
 # --- The packets -------------------------------------------------------------------------------
 
 FIELDS = (
-    "timestamp", "interface", "src_ip", "dst_ip", "protocol", "length", "src_port", "dst_port",
-    "tcp_flags", "tcp_syn", "tcp_ack", "tcp_fin", "tcp_rst", "tcp_psh", "seq", "ack",
-    "icmp_type", "icmp_code", "arp_op", "arp_psrc", "arp_pdst", "arp_hwsrc", "arp_hwdst",
-    "dns_query", "dns_qname", "dns_qtype", "dns_response", "dns_answer_count", "dns_answer_size",
-    "http_method", "http_path", "http_status_code", "http_host",
+    "timestamp",
+    "interface",
+    "src_ip",
+    "dst_ip",
+    "protocol",
+    "length",
+    "src_port",
+    "dst_port",
+    "tcp_flags",
+    "tcp_syn",
+    "tcp_ack",
+    "tcp_fin",
+    "tcp_rst",
+    "tcp_psh",
+    "seq",
+    "ack",
+    "icmp_type",
+    "icmp_code",
+    "arp_op",
+    "arp_psrc",
+    "arp_pdst",
+    "arp_hwsrc",
+    "arp_hwdst",
+    "dns_query",
+    "dns_qname",
+    "dns_qtype",
+    "dns_response",
+    "dns_answer_count",
+    "dns_answer_size",
+    "http_method",
+    "http_path",
+    "http_status_code",
+    "http_host",
 )
 EMPTY_PACKET: dict[str, Any] = dict.fromkeys(FIELDS)
 PACKET_MARK = b'"timestamp":'  # once in every packet, and nowhere else
@@ -96,8 +133,13 @@ def generate_packets(rng: random.Random) -> Iterator[dict[str, Any]]:
     while True:
         timestamp += rng.expovariate(500)
         kind = rng.choices(KINDS, KIND_WEIGHTS)[0]
-        yield {**EMPTY_PACKET, "timestamp": timestamp, "interface": "eth0",
-               **addresses(rng, kind), **protocol_fields(rng, kind)}
+        yield {
+            **EMPTY_PACKET,
+            "timestamp": timestamp,
+            "interface": "eth0",
+            **addresses(rng, kind),
+            **protocol_fields(rng, kind),
+        }
 
 
 def addresses(rng: random.Random, kind: str) -> dict[str, Any]:
@@ -114,39 +156,65 @@ def protocol_fields(rng: random.Random, kind: str) -> dict[str, Any]:
     if kind == "dns":
         return dns_fields(rng)
     if kind == "udp":
-        return {"protocol": "UDP", "length": rng.randrange(60, 1400),
-                "src_port": rng.randrange(32768, 60999), "dst_port": rng.choice((123, 443, 5353))}
+        return {
+            "protocol": "UDP",
+            "length": rng.randrange(60, 1400),
+            "src_port": rng.randrange(32768, 60999),
+            "dst_port": rng.choice((123, 443, 5353)),
+        }
     if kind == "icmp":
         return {"protocol": "ICMP", "length": 98, "icmp_type": rng.choice((0, 8)), "icmp_code": 0}
     if kind == "arp":
-        return {"protocol": "ARP", "length": 42, "arp_op": rng.choice((1, 2)),
-                "arp_psrc": "192.168.1.1", "arp_pdst": f"192.168.1.{rng.randrange(2, 40)}",
-                "arp_hwsrc": "02:42:ac:11:00:02", "arp_hwdst": "00:00:00:00:00:00"}
+        return {
+            "protocol": "ARP",
+            "length": 42,
+            "arp_op": rng.choice((1, 2)),
+            "arp_psrc": "192.168.1.1",
+            "arp_pdst": f"192.168.1.{rng.randrange(2, 40)}",
+            "arp_hwsrc": "02:42:ac:11:00:02",
+            "arp_hwdst": "00:00:00:00:00:00",
+        }
     return {"protocol": "OTHER", "length": rng.randrange(16, 60)}
 
 
 def tcp_fields(rng: random.Random, http: bool) -> dict[str, Any]:
     flags = "PSH,ACK" if http else rng.choices(TCP_FLAGS, TCP_FLAGS_WEIGHTS)[0]
     fields: dict[str, Any] = {
-        "protocol": "TCP", "length": rng.choice((66, 74, 179, 666, 1514)),
-        "src_port": rng.randrange(32768, 60999), "dst_port": rng.choice((80, 443, 8080)),
+        "protocol": "TCP",
+        "length": rng.choice((66, 74, 179, 666, 1514)),
+        "src_port": rng.randrange(32768, 60999),
+        "dst_port": rng.choice((80, 443, 8080)),
         "tcp_flags": flags,
         **{f"tcp_{flag.lower()}": flag in flags for flag in ("SYN", "ACK", "FIN", "RST", "PSH")},
-        "seq": rng.getrandbits(32), "ack": rng.getrandbits(32) if "ACK" in flags else 0,
+        "seq": rng.getrandbits(32),
+        "ack": rng.getrandbits(32) if "ACK" in flags else 0,
     }
     if http:
-        fields.update(http_method="GET", http_path=f"/p/{rng.randrange(1000)}?q=%C3%A9",
-                      http_host="192.168.1.10:8080")
+        fields.update(http_method="GET", http_path=f"/p/{rng.randrange(1000)}?q=%C3%A9", http_host="192.168.1.10:8080")
     return fields
 
 
 def dns_fields(rng: random.Random) -> dict[str, Any]:
-    fields = {"protocol": "UDP", "length": 75, "src_port": rng.randrange(32768, 60999),
-              "dst_port": 53, "dns_query": True, "dns_qname": f"h{rng.randrange(300)}.example.test",
-              "dns_qtype": rng.choice((1, 16, 28)), "dns_response": False}
+    fields = {
+        "protocol": "UDP",
+        "length": 75,
+        "src_port": rng.randrange(32768, 60999),
+        "dst_port": 53,
+        "dns_query": True,
+        "dns_qname": f"h{rng.randrange(300)}.example.test",
+        "dns_qtype": rng.choice((1, 16, 28)),
+        "dns_response": False,
+    }
     if rng.random() < 0.5:
-        fields.update(length=106, src_port=53, dst_port=fields["src_port"], dns_query=False,
-                      dns_response=True, dns_answer_count=1, dns_answer_size=9)
+        fields.update(
+            length=106,
+            src_port=53,
+            dst_port=fields["src_port"],
+            dns_query=False,
+            dns_response=True,
+            dns_answer_count=1,
+            dns_answer_size=9,
+        )
     return fields
 
 
@@ -154,14 +222,15 @@ def dns_fields(rng: random.Random) -> dict[str, Any]:
 # The bench itself never holds more than a few packets: on Linux the peak memory of a child
 # begins at that of the process it was started from.
 
+
 class Work(NamedTuple):
     """The same packets in the shape that each contender takes, in a folder of their own."""
 
-    logs: Path         # LOGS_DIR of sender.py and of the straightforward version
-    names: list[str]   # of the files that go through it
+    logs: Path  # LOGS_DIR of sender.py and of the straightforward version
+    names: list[str]  # of the files that go through it
     packets: int
-    bodies: Path       # the requests of the floor, one file each
-    lines: Path        # one packet per line
+    bodies: Path  # the requests of the floor, one file each
+    lines: Path  # one packet per line
 
 
 def packet_lines(count: int) -> Iterator[str]:
@@ -170,8 +239,7 @@ def packet_lines(count: int) -> Iterator[str]:
     return (json.dumps(packet) + "\n" for packet in islice(packets, count))
 
 
-def write_arrays(lines: Iterable[str], folder: Path, size: int,
-                 start: int = 1795430266) -> list[str]:
+def write_arrays(lines: Iterable[str], folder: Path, size: int, start: int = 1795430266) -> list[str]:
     """Write files of `size` packets named by time; the same bytes as json.dump of the array."""
     folder.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
@@ -217,11 +285,11 @@ def check_processed(work: Work, contender: str) -> None:
     left = sorted(os.listdir(work.logs / "pending_upload"))
     missing = set(work.names).difference(os.listdir(work.logs / "processed"))
     if left or missing:
-        sys.exit(f"bench: {contender} left {left[:3]} in pending_upload/, "
-                 f"{len(missing)} files are not in processed/")
+        sys.exit(f"bench: {contender} left {left[:3]} in pending_upload/, {len(missing)} files are not in processed/")
 
 
 # --- The sink ----------------------------------------------------------------------------------
+
 
 def sink_main(latency: float) -> None:
     """Serve on a free port, told on standard output; answer each line of input with the count.
@@ -260,8 +328,10 @@ def serve(connection: socket.socket, latency: float, received: list[int]) -> Non
             received.append(packets)
             time.sleep(latency)
             reply = b'{"packets_received": %d}' % packets
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-                               b"Content-Length: %d\r\n\r\n%s" % (len(reply), reply))
+            connection.sendall(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(reply), reply)
+            )
 
 
 def read_request(connection: socket.socket, buffer: bytearray) -> tuple[bytearray, int]:
@@ -306,8 +376,7 @@ class Sink(NamedTuple):
 @contextlib.contextmanager
 def running_sink(latency: float = 0.0) -> Iterator[Sink]:
     command = [sys.executable, __file__, "--sink", str(latency)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         yield Sink(process, f"http://127.0.0.1:{int(process.stdout.readline())}/ingest")
 
@@ -315,6 +384,7 @@ def running_sink(latency: float = 0.0) -> Iterator[Sink]:
 # --- What runs inside the processes of our own contenders --------------------------------------
 # requests is imported here and not above: the bench and the sink have no use for its memory.
 # (That they are this file costs them 10 ms of start-up, as sender.py has its own text to compile.)
+
 
 def straightforward(url: str, logs: Path) -> None:
     import requests
@@ -324,7 +394,7 @@ def straightforward(url: str, logs: Path) -> None:
         with open(path, encoding="utf-8") as file:
             packets = json.load(file)
         for start in range(0, len(packets), BATCH):
-            requests.post(url, json=packets[start:start + BATCH], timeout=30).raise_for_status()
+            requests.post(url, json=packets[start : start + BATCH], timeout=30).raise_for_status()
         path.rename(logs / "processed" / path.name)
         marker.unlink()
 
@@ -340,6 +410,7 @@ def floor(url: str, bodies: Path) -> None:
 
 
 # --- One measured run --------------------------------------------------------------------------
+
 
 class Run(NamedTuple):
     """What one process did and cost; `nan` is what this platform cannot tell."""
@@ -381,14 +452,18 @@ def give_up(reason: str, messages: Path) -> NoReturn:
 
 
 def start_process(command: list[str], logs: Path, sink: Sink, log: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, env=environment(logs, sink), stdin=subprocess.DEVNULL,
-                            stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, env=environment(logs, sink), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+    )
 
 
 def environment(logs: Path, sink: Sink) -> dict[str, str]:
     """The caller's environment without proxies and without other settings of sender.py."""
-    kept = {name: value for name, value in os.environ.items()
-            if name not in SENDER_SETTINGS and not name.lower().endswith("_proxy")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in SENDER_SETTINGS and not name.lower().endswith("_proxy")
+    }
     return {**kept, "SERVER_URL": sink.url, "LOGS_DIR": str(logs), "LOG_LEVEL": "INFO"}
 
 
@@ -457,8 +532,10 @@ log {{ source(packets); destination(sink); flags(flow-control); }};
 
 def run_syslog_ng(work: Work, sink: Sink) -> Run:
     """syslog-ng follows its file for ever: its time ends when the last packet has arrived."""
-    with tempfile.TemporaryDirectory(dir=work.logs.parent) as folder, \
-            open(work.logs.parent / "messages.txt", "wb") as log:
+    with (
+        tempfile.TemporaryDirectory(dir=work.logs.parent) as folder,
+        open(work.logs.parent / "messages.txt", "wb") as log,
+    ):
         command = syslog_ng_command(Path(folder), work, sink)
         flush_disk()
         started = time.perf_counter()
@@ -477,14 +554,25 @@ def run_syslog_ng(work: Work, sink: Sink) -> Run:
 def syslog_ng_command(folder: Path, work: Work, sink: Sink) -> list[str]:
     about = subprocess.run(["syslog-ng", "--version"], capture_output=True, text=True, check=True)
     version = re.search(r"Config version: (\S+)", about.stdout)
-    (folder / "conf").write_text(SYSLOG_NG_CONF.format(
-        version=version[1] if version else "3.35", lines=work.lines, url=sink.url, batch=BATCH))
-    return ["syslog-ng", "--foreground", "--cfgfile", str(folder / "conf"),
-            "--persist-file", str(folder / "persist"), "--pidfile", str(folder / "pid"),
-            "--control", str(folder / "control")]
+    (folder / "conf").write_text(
+        SYSLOG_NG_CONF.format(version=version[1] if version else "3.35", lines=work.lines, url=sink.url, batch=BATCH)
+    )
+    return [
+        "syslog-ng",
+        "--foreground",
+        "--cfgfile",
+        str(folder / "conf"),
+        "--persist-file",
+        str(folder / "persist"),
+        "--pidfile",
+        str(folder / "pid"),
+        "--control",
+        str(folder / "control"),
+    ]
 
 
 # --- The comparison ----------------------------------------------------------------------------
+
 
 def measure(name: str, contender: Contender, work: Work, sink: Sink) -> Run:
     """One run, with nothing else of the bench under way, of which every packet has to arrive."""
@@ -498,7 +586,10 @@ def measure(name: str, contender: Contender, work: Work, sink: Sink) -> Run:
 def compare(work: Work, sink: Sink, rounds: int) -> dict[str, list[Run]]:
     """Rounds in which every contender has one run, each time with another one first."""
     contenders: dict[str, Contender] = {
-        "straightforward": run_straightforward, "sender.py": run_sender, "floor": run_floor}
+        "straightforward": run_straightforward,
+        "sender.py": run_sender,
+        "floor": run_floor,
+    }
     if shutil.which("syslog-ng"):
         contenders["syslog-ng"] = run_syslog_ng
     runs: dict[str, list[Run]] = {name: [] for name in contenders}
@@ -537,12 +628,14 @@ def print_table(title: str, runs: dict[str, list[Run]]) -> None:
     print_row("", "", "CPU s per", "CPU", "throughput", "peak")
     print_row("", "packets/s", "1M packets", "ratio", "ratio", "MB")
     for name, own in runs.items():
-        print_row(name,
-                  show(median_of(own, packets_per_second), ",.0f"),
-                  show(median_of(own, cpu_per_million), ".2f"),
-                  show_ratios(own, base, cpu_per_million),
-                  show_ratios(own, base, packets_per_second),
-                  show(median_of(own, peak_megabytes), ",.0f"))
+        print_row(
+            name,
+            show(median_of(own, packets_per_second), ",.0f"),
+            show(median_of(own, cpu_per_million), ".2f"),
+            show_ratios(own, base, cpu_per_million),
+            show_ratios(own, base, packets_per_second),
+            show(median_of(own, peak_megabytes), ",.0f"),
+        )
     sys.stdout.flush()
 
 
@@ -602,22 +695,25 @@ def compare_sizes(folder: Path, rounds: int, packets: int, full: bool) -> None:
             print_table(f"One file of {HUGE_SIZE:,} packets", runs)
     with running_sink(LATENCY) as sink, prepared(folder, packets, HEADLINE_SIZE) as work:
         runs = compare(work, sink, min(rounds, 3))
-    print_table(f"Files of {HEADLINE_SIZE:,} packets, {LATENCY * 1000:.0f} ms before each answer",
-                runs)
+    print_table(f"Files of {HEADLINE_SIZE:,} packets, {LATENCY * 1000:.0f} ms before each answer", runs)
     print_headline(headline)
 
 
 def print_headline(runs: dict[str, list[Run]]) -> None:
     about = f"files of {HEADLINE_SIZE:,} packets"
-    for title, figure, form in (("Packets per second", packets_per_second, ",.0f"),
-                                ("CPU seconds per million packets", cpu_per_million, ".2f")):
+    for title, figure, form in (
+        ("Packets per second", packets_per_second, ",.0f"),
+        ("CPU seconds per million packets", cpu_per_million, ".2f"),
+    ):
         figures = {name: median_of(own, figure) for name, own in runs.items()}
         print_chart(f"{title}, {about}", figures, form)
     sender, base = runs["sender.py"], runs["straightforward"]
     cpu = median(ratios(sender, base, cpu_per_million))
     throughput = median(ratios(sender, base, packets_per_second))
-    print(f"\nsender.py: {show(cpu, '.2f')} of the CPU of the straightforward version, "
-          f"{throughput:.1f} times its throughput")
+    print(
+        f"\nsender.py: {show(cpu, '.2f')} of the CPU of the straightforward version, "
+        f"{throughput:.1f} times its throughput"
+    )
 
 
 @contextlib.contextmanager
@@ -630,6 +726,7 @@ def prepared(folder: Path, packets: int, file_size: int) -> Iterator[Work]:
 
 # --- Idle and backlog --------------------------------------------------------------------------
 
+
 def measure_idle(folder: Path) -> None:
     """The CPU of two waiting senders; what they used until they settled is taken off."""
     if os.name != "posix":
@@ -638,8 +735,7 @@ def measure_idle(folder: Path) -> None:
     add_old_files(old)
     works = {"empty folders": empty, f"{OLD_FILES:,} files in processed/": old}
     with running_sink() as sink, contextlib.ExitStack() as stack:
-        pids = {name: stack.enter_context(waiting_sender(work, sink))
-                for name, work in works.items()}
+        pids = {name: stack.enter_context(waiting_sender(work, sink)) for name, work in works.items()}
         time.sleep(IDLE_SETTLE)
         before = {name: cpu_clock(pid) for name, pid in pids.items()}
         show_progress(f"waiting for {IDLE_SECONDS} s")
@@ -670,10 +766,9 @@ def cpu_clock(pid: int) -> float:
         # Its clock by the kernel's formula, in nanoseconds: /proc/PID/stat counts steps of 10 ms,
         # which is as much as an idle minute may cost.
         return time.clock_gettime((~pid << 3) | 2)
-    answer = subprocess.run(["ps", "-o", "time=", "-p", str(pid)],
-                            capture_output=True, text=True, check=True).stdout
+    answer = subprocess.run(["ps", "-o", "time=", "-p", str(pid)], capture_output=True, text=True, check=True).stdout
     parts = answer.strip().split(":")
-    return sum(float(part) * 60.0 ** power for power, part in enumerate(reversed(parts)))
+    return sum(float(part) * 60.0**power for power, part in enumerate(reversed(parts)))
 
 
 def measure_backlog(folder: Path, rounds: int) -> None:
@@ -683,8 +778,7 @@ def measure_backlog(folder: Path, rounds: int) -> None:
     with no file at all, is taken off before the two are compared.
     """
     show_progress("writing files")
-    works = [build_work(folder / str(files), files * SMALL_FILE, SMALL_FILE)
-             for files in (BACKLOG_FILES, FEW_FILES, 0)]
+    works = [build_work(folder / str(files), files * SMALL_FILE, SMALL_FILE) for files in (BACKLOG_FILES, FEW_FILES, 0)]
     add_old_files(works[0])
     costs: list[tuple[Run, ...]] = []
     with running_sink() as sink:
@@ -697,13 +791,14 @@ def measure_backlog(folder: Path, rounds: int) -> None:
 
 def print_backlog(costs: list[tuple[Run, ...]]) -> None:
     """The figures of rounds of three runs: many files, few files and none."""
-    print(f"\nsender.py --once, files of {SMALL_FILE} packets, start-up taken off; "
-          f"rounds: {len(costs)}\n")
+    print(f"\nsender.py --once, files of {SMALL_FILE} packets, start-up taken off; rounds: {len(costs)}\n")
     print(f"{'':<40}{'files/s':>10}{'CPU ms per file':>18}")
     many = [per_file(run, none, BACKLOG_FILES) for run, _few, none in costs]
     few = [per_file(run, none, FEW_FILES) for _many, run, none in costs]
-    for name, own in ((f"{BACKLOG_FILES:,} files, {OLD_FILES:,} in processed/", many),
-                      (f"{FEW_FILES:,} files, processed/ empty", few)):
+    for name, own in (
+        (f"{BACKLOG_FILES:,} files, {OLD_FILES:,} in processed/", many),
+        (f"{FEW_FILES:,} files, processed/ empty", few),
+    ):
         rate = 1 / median(seconds for seconds, _cpu in own)
         cpu = median(cpu for _seconds, cpu in own)
         print(f"{name:<40}{rate:>10,.0f}{show(cpu * 1000, '.3f'):>18}")
@@ -713,11 +808,11 @@ def print_backlog(costs: list[tuple[Run, ...]]) -> None:
 
 def per_file(run: Run, start_up: Run, files: int) -> tuple[float, float]:
     """Seconds and CPU seconds for one file."""
-    return ((run.seconds - start_up.seconds) / files,
-            (run.cpu_seconds - start_up.cpu_seconds) / files)
+    return ((run.seconds - start_up.seconds) / files, (run.cpu_seconds - start_up.cpu_seconds) / files)
 
 
 # --- The command -------------------------------------------------------------------------------
+
 
 def positive(text: str) -> int:
     """An argument that is a whole number of at least 1."""
@@ -728,18 +823,16 @@ def positive(text: str) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure sender.py against a straightforward "
-                                     "uploader and a floor, side by side on this machine.")
-    parser.add_argument("--rounds", type=positive, default=5,
-                        help="runs of each contender (default 5)")
-    parser.add_argument("--packets", type=positive, default=ROUND_PACKETS,
-                        help="packets in one run (default 100,000)")
-    parser.add_argument("--full", action="store_true",
-                        help="also one file of 1,000,000 packets: 2 GB of disk and of memory")
-    parser.add_argument("--idle", action="store_true",
-                        help="instead: the CPU of a waiting sender.py")
-    parser.add_argument("--backlog", action="store_true",
-                        help="instead: 5,000 small files beside 10,000 uploaded ones")
+    parser = argparse.ArgumentParser(
+        description="Measure sender.py against a straightforward uploader and a floor, side by side on this machine."
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="runs of each contender (default 5)")
+    parser.add_argument("--packets", type=positive, default=ROUND_PACKETS, help="packets in one run (default 100,000)")
+    parser.add_argument(
+        "--full", action="store_true", help="also one file of 1,000,000 packets: 2 GB of disk and of memory"
+    )
+    parser.add_argument("--idle", action="store_true", help="instead: the CPU of a waiting sender.py")
+    parser.add_argument("--backlog", action="store_true", help="instead: 5,000 small files beside 10,000 uploaded ones")
     parser.add_argument("--sink", type=float, metavar="LATENCY", help=argparse.SUPPRESS)
     parser.add_argument("--contender", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -23,10 +23,20 @@ import pytest
 
 SENDER = Path(__file__).parent.parent / "sender.py"
 DATA = Path(__file__).parent / "data"
-SETTINGS = (
-    "SERVER_URL API_TOKEN POLL_INTERVAL MAX_RETRIES RETRY_DELAY BATCH_SIZE REQUEST_TIMEOUT RETRY_FAILED_INTERVAL "
-    "COMPRESS KEEP_PROCESSED_DAYS LOGS_DIR LOG_LEVEL"
-).split()
+SETTINGS = [
+    "SERVER_URL",
+    "API_TOKEN",
+    "POLL_INTERVAL",
+    "MAX_RETRIES",
+    "RETRY_DELAY",
+    "BATCH_SIZE",
+    "REQUEST_TIMEOUT",
+    "RETRY_FAILED_INTERVAL",
+    "COMPRESS",
+    "KEEP_PROCESSED_DAYS",
+    "LOGS_DIR",
+    "LOG_LEVEL",
+]
 FAST = {"RETRY_DELAY": "0.01", "POLL_INTERVAL": "0.05"}
 _numbers = itertools.count()
 
@@ -59,8 +69,10 @@ class Spool:
 
     def drop(self, name: str, packets: list[dict[str, Any]] | bytes | str) -> bytes:
         """Write a capture as the sniffer does: a temporary file, a rename, the marker. Returns the bytes."""
-        content = packets if isinstance(packets, bytes) else (
-            packets.encode() if isinstance(packets, str) else json.dumps(packets).encode()
+        content = (
+            packets
+            if isinstance(packets, bytes)
+            else (packets.encode() if isinstance(packets, str) else json.dumps(packets).encode())
         )
         self.pending.mkdir(parents=True, exist_ok=True)
         temporary = self.pending / (name[:100] + ".tmp")
@@ -170,7 +182,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-points", action="store_true", help="every crash and error point (minutes), not a fixed spread")
+    parser.addoption(
+        "--all-points", action="store_true", help="every crash and error point (minutes), not a fixed spread"
+    )
 
 
 @pytest.fixture

@@ -174,9 +174,7 @@ def test_a_line_tells_which_copy_was_kept_where_a_name_came_twice(spool: Spool) 
 # ---------------------------------------------------------------- quiet where nothing happens
 
 
-def test_idle_polls_are_silent(
-    spool: Spool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_idle_polls_are_silent(spool: Spool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     scans = 0
     scandir = os.scandir
 
@@ -652,9 +650,7 @@ def test_status_into_a_reader_that_has_gone_is_no_traceback(spool: Spool) -> Non
     os.close(reading)
     command = [sys.executable, str(spool.sender_py), "--status"]
     environment = spool.environment(SERVER_URL="http://127.0.0.1:9/")
-    run = subprocess.run(
-        command, env=environment, stdout=writing, stderr=subprocess.PIPE, encoding="utf-8", timeout=60
-    )
+    run = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE, encoding="utf-8", timeout=60)
     os.close(writing)
     assert run.stderr == ""
 
@@ -695,9 +691,7 @@ def status_again_and_again(spool: Spool, url: str) -> Iterator[Path]:
     output = spool.folder / "statuses.txt"
     command = [sys.executable, "-c", LOOP, str(spool.sender_py)]
     with open(output, "w") as file:
-        loops = [
-            subprocess.Popen(command, env=spool.environment(SERVER_URL=url), stdout=file) for _ in range(2)
-        ]
+        loops = [subprocess.Popen(command, env=spool.environment(SERVER_URL=url), stdout=file) for _ in range(2)]
     try:
         wait_until(lambda: output.read_text(errors="replace").count("unning") > 10, "the first statuses")
         yield output

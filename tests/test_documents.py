@@ -114,8 +114,11 @@ def test_sender_has_no_setting_that_the_documents_do_not_know(spool: Spool) -> N
     called = {
         argument.value
         for node in ast.walk(TREE)
-        if isinstance(node, ast.Call) and node.args and isinstance(argument := node.args[0], ast.Constant)
-        and isinstance(argument.value, str) and re.fullmatch("[A-Z]{3,}_?[A-Z_]*", argument.value)
+        if isinstance(node, ast.Call)
+        and node.args
+        and isinstance(argument := node.args[0], ast.Constant)
+        and isinstance(argument.value, str)
+        and re.fullmatch("[A-Z]{3,}_?[A-Z_]*", argument.value)
     }
     assert set(DEFAULTS) <= strings
     assert called - set(DEFAULTS) <= {"POST", "GET", "REQUESTS_CA_BUNDLE", "INFO"}

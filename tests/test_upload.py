@@ -152,9 +152,7 @@ def test_upload_packets_is_exactly_one_post_whatever_the_answer(spool: Spool, st
 def test_the_key_is_the_hash_of_the_batch_on_every_attempt_after_a_restart_from_either_folder_and_compressed(
     spool: Spool,
 ) -> None:
-    moods = iter([b"", reply(503), reply(503), reply(415), reply(503), reply(503)])
-    with ScriptedServer(lambda request: next(moods, None) or None) as server:
-        server.script = lambda request: reply(503) if len(server.requests) % 3 else close
+    with ScriptedServer(lambda request: reply(503) if request.number % 3 else close) as server:
         spool.drop("a.json", capture(3))
         path = spool.pending / "a.json"
         assert not spool.load(SERVER_URL=server.url).process_json_file(path)  # three attempts, from pending_upload/
