@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -139,13 +139,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
     @pytest.fixture
-    def windows(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def windows(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
         """This process as a Windows one, once the spool's folder has been made in it."""
         names: dict[str, Any] = {}
         exec(WINDOWS, names)
-        with monkeypatch.context() as patch:
-            names["become_windows"](functools.partial(patch.setattr, raising=False), patch.delattr, patch.setitem)
-            yield
+        names["become_windows"](
+            functools.partial(monkeypatch.setattr, raising=False), monkeypatch.delattr, monkeypatch.setitem
+        )
 
     def on_windows(spool: Spool, *arguments: str, **settings: object) -> subprocess.Popen[str]:
         """sender.py as a process that takes its machine for Windows, its console in .stderr."""

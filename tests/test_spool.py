@@ -355,8 +355,7 @@ def test_a_record_whose_file_has_moved_on_is_cleared_away(spool: Spool, receiver
     (spool.processed).mkdir(exist_ok=True)
     (spool.logs / folder).mkdir(exist_ok=True)
     (spool.pending / "X.json.taken").rename(spool.processed / X)
-    if folder != "pending_upload":
-        (spool.pending / "X.json.state").rename(spool.logs / folder / "X.json.state")
+    (spool.pending / "X.json.state").rename(spool.logs / folder / "X.json.state")
     with serving(load(spool, receiver)):
         wait_for(spool, "processed/X.json")
 
