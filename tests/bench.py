@@ -52,7 +52,7 @@ SENDER = Path(__file__).resolve().parent.parent / "sender.py"
 
 SEED = 20261123
 BATCH = 1000  # packets in one request, sender.py's own default
-ROUND_PACKETS = 100_000  # in one run, so that start-up (0.1 s) does not decide the result
+ROUND_PACKETS = 300_000  # in one run, so that start-up (0.1 s) does not decide the result
 FILE_SIZES = (500, 5_000, 50_000)
 HEADLINE_SIZE = 5_000  # a few seconds of a busy interface
 HUGE_SIZE = 1_000_000
