@@ -827,7 +827,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Measure sender.py against a straightforward uploader and a floor, side by side on this machine."
     )
     parser.add_argument("--rounds", type=positive, default=5, help="runs of each contender (default 5)")
-    parser.add_argument("--packets", type=positive, default=ROUND_PACKETS, help="packets in one run (default 100,000)")
+    parser.add_argument("--packets", type=positive, default=ROUND_PACKETS, help="packets in one run (default 300,000)")
     parser.add_argument(
         "--full", action="store_true", help="also one file of 1,000,000 packets: 2 GB of disk and of memory"
     )

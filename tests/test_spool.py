@@ -333,6 +333,15 @@ def test_a_file_without_its_marker_is_not_ours(spool: Spool, receiver: IngestSer
     assert receiver.packets() == texts(capture())
 
 
+def test_a_file_without_its_marker_is_not_ours_when_a_program_asks_for_it_either(
+    spool: Spool, receiver: IngestServer
+) -> None:
+    put(spool, ["pending_upload/X.json"], capture())
+    assert not load(spool, receiver).process_json_file(spool.pending / X)
+    assert spool.names() == ["pending_upload/X.json"]
+    assert receiver.packets() == []
+
+
 def test_a_marker_without_its_file_waits_for_it(
     spool: Spool, receiver: IngestServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -358,6 +367,19 @@ def test_a_record_whose_file_has_moved_on_is_cleared_away(spool: Spool, receiver
     (spool.pending / "X.json.state").rename(spool.logs / folder / "X.json.state")
     with serving(load(spool, receiver)):
         wait_for(spool, "processed/X.json")
+
+
+def test_what_is_named_like_a_record_without_a_file_is_kept_if_it_is_none(spool: Spool, receiver: IngestServer) -> None:
+    spool.pending.mkdir(parents=True)
+    for number, content in enumerate((b"", b"{", b"[" * 200_000, b"\xff", b"9" * 5000, capture())):
+        (spool.pending / f"{number}.json.state").write_bytes(content)
+    before = spool.tree()
+    put(spool, ["failed_uploads/X.json"], capture(100))
+    with serving(load(spool, receiver, RETRY_FAILED_INTERVAL=0.01)):
+        wait_for(spool, *before, "processed/X.json")
+        poll(spool)
+    assert spool.tree() == {**before, "processed/X.json": len(capture(100))}
+    assert receiver.packets() == texts(capture(100))
 
 
 def test_a_crash_between_a_failed_files_record_and_its_move_leaves_no_trace(
@@ -1022,6 +1044,20 @@ def test_a_file_that_vanishes_while_it_is_uploaded_stops_nobody(
     assert spool.names() == [], spool.tree()
     told = [record for record in caplog.records if X in record.getMessage() and record.levelno > logging.INFO]
     assert len(told) == 1, caplog.text
+
+
+def test_a_file_replaced_just_before_it_is_opened_is_uploaded_from_its_first_packet(
+    spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then its record has been read, and that is the other's."""
+    old, new = capture(0), capture(100)
+    taken_half_way(spool, receiver, old)
+    path = spool.pending / "X.json.taken"
+    moment = at_call(monkeypatch, "open", path, lambda: path.write_bytes(new))
+    with serving(load(spool, receiver)):
+        wait_for(spool, "processed/X.json")
+    assert moment
+    assert receiver.packets() == [*texts(old)[:5], *texts(new)]
 
 
 @pytest.mark.parametrize("change", [b" ", b"x", None], ids=["grows harmlessly", "grows", "shrinks"])
