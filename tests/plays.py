@@ -186,4 +186,4 @@ def spread(points: int, share: int, all_points: bool) -> list[int]:
 
 
 def report(failures: list[str], tried: int) -> None:
-    assert not failures, ff"{len(failures)} failures, {tried} to be tried:\n" + "\n".join(text[:600] for text in failures)
+    assert not failures, f"{len(failures)} of {tried} tried:\n" + "\n".join(text[:600] for text in failures)
