@@ -664,7 +664,8 @@ def test_a_damaged_record_is_told_once_and_ignored(
     caplog.clear()
     with server, serving(load(spool, receiver, RETRY_FAILED_INTERVAL=0.01)):
         wait_for(spool, "processed/X.json")
-    told = [record.levelname for record in caplog.records if "X.json.state" in record.getMessage()]
+    about = [record for record in caplog.records if "X.json.state" in record.getMessage()]
+    told = [record.levelname for record in about if "left alone" not in record.getMessage()]  # a later sweep's word
     if damage is replaced_by_folder:
         told.pop()  # the second line: no new record can be written there
     assert told in (["WARNING"], ["ERROR"]), caplog.text
