@@ -59,6 +59,7 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -178,6 +179,7 @@ NO_DATA = (TEMPORARY, ".gitkeep", ".DS_Store")
 LONGEST_NAME = 255 - len(STATE)  # bytes
 
 BLOCK = 128 * 1024  # bytes read and proved at a time: enough to be fast, and they stay in the CPU's cache
+READ_AHEAD = 128 * 1024  # bytes; a smaller file is read before another thread can be asked to
 LONGEST_PACKET = 4 * 1024 * 1024  # bytes; a longer one is damage, and not worth the memory
 LONGEST_RECORD = 64 * 1024 * 1024  # bytes; some 200 for each rejected packet
 REPLY_LIMIT = 8 * 1024  # bytes of a reply that are read
@@ -774,6 +776,28 @@ class Capture:
         return b"".join((b"[", memoryview(text)[: text.rfind(b"}") + 1], b"]"))
 
 
+_ahead: dict[Path, "Future[Capture]"] = {}  # what another thread reads while the file before it is sent
+
+
+def _read_ahead(path: Path, reader: ThreadPoolExecutor) -> None:
+    """Have a file read that _capture() will soon ask for. Sending and SQLite run side by side: a quarter less time."""
+    with contextlib.suppress(OSError, RuntimeError):  # told when its turn comes; the latter: no thread is to be had
+        if os.lstat(path).st_size >= READ_AHEAD:
+            _ahead[path] = reader.submit(Capture, path)
+
+
+def _capture(path: Path) -> Capture:
+    ahead = _ahead.pop(path, None)
+    return ahead.result() if ahead else Capture(path)
+
+
+def _forget_ahead() -> None:
+    for unused in _ahead.values():
+        with contextlib.suppress(OSError, ValueError), unused.result():
+            pass
+    _ahead.clear()
+
+
 def read_json_file(json_path: AnyPath) -> list[dict[str, Any]]:
     """The whole file as a list of packet dicts. Raises ValueError with the reason if it is no JSON array of objects."""
     with Capture(Path(json_path)) as capture:
@@ -869,11 +893,8 @@ def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedR
     session = requests.Session()
     session.mount("http://", _Adapter())
     session.mount("https://", _Adapter())
-    headers = {
-        "Content-Type": "application/json",
-        "Accept-Encoding": "identity",
-        "User-Agent": f"sender.py/{__version__}",
-    }
+    session.headers.clear()  # of requests' own none is needed
+    headers = {"Content-Type": "application/json", "User-Agent": f"sender.py/{__version__}"}
     # A callable as auth keeps requests from looking into .netrc and the URL: the token wins.
     post = session.prepare_request(requests.Request("POST", url, headers=headers, auth=_bearer if token else None))
     bundle = _environment.get("REQUESTS_CA_BUNDLE") or None  # requests does not know .env
@@ -1164,7 +1185,7 @@ def _round(data: Path, record: Path, name: str, attempts: int) -> Answer:
     answer = _unmoved.pop(data, Answer(Outcome.DELIVERED))
     if not only_move:
         try:
-            with Capture(data) as capture:
+            with _capture(data) as capture:
                 if not progress.belongs_to(capture.status):
                     raise _changed(data)
                 if progress.packets not in (-1, len(capture)):
@@ -1370,9 +1391,15 @@ def _upload_ready() -> bool:
     for path in list(_stale_markers):
         _remove_marker(path)
     delivered = False
-    for name in names:
-        if not _stopping:
+    with ThreadPoolExecutor(1) as reader:
+        for name, following in itertools.zip_longest(names, names[1:]):
+            if _stopping:
+                break
+            with contextlib.suppress(OSError):  # told when its turn comes
+                if following and (taken := _take(PENDING_DIR / following)):
+                    _read_ahead(taken, reader)
             delivered |= process_json_file(PENDING_DIR / name)
+        _forget_ahead()
     return delivered
 
 
