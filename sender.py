@@ -299,11 +299,9 @@ def _complain(path: Path, error: Exception, consequence: str) -> None:
 def _cause(error: BaseException) -> BaseException:
     """The innermost cause of an error: what happened, without the URLs that the outer ones carry."""
     while True:
-        within = (
-            arg for arg in error.args if isinstance(arg, BaseException)
-        )  # urllib3 wraps some without raising them
+        wrapped = (argument for argument in error.args if isinstance(argument, BaseException))  # urllib3's way
         context = None if error.__suppress_context__ else error.__context__
-        inner = error.__cause__ or context or next(within, None)
+        inner = error.__cause__ or context or next(wrapped, None)
         if inner is None:
             return error
         error = inner
@@ -426,12 +424,22 @@ def _free_path(folder: Path, name: str, suffix: str = "", content: Optional[byte
         path = folder / (stem + tail)
         if folder == FAILED_DIR and not suffix and path.name.endswith(REJECTED):
             continue  # a capture by that name would pass for set-aside packets, and never be swept
+        record = _beside(path, STATE)
         if not _exists(path):
-            return path
-        if content is not None:
+            if folder != FAILED_DIR or not _exists(record) or _is_record(record):
+                return path
+        elif content is not None:
             with contextlib.suppress(OSError), _open_regular(path) as file:
                 if file.read() == content:
                     return path
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file is ours, a record or the reasons beside set-aside packets: a JSON object, which data never is."""
+    with contextlib.suppress(OSError, ValueError, RecursionError), _open_regular(path) as file:
+        content = json.loads(file.read(LONGEST_RECORD))
+        return isinstance(content, dict) and "rejected" in content
+    return False
 
 
 def _rename(step: Callable[[Path, Path], None], source: Path, target: Path) -> None:
@@ -536,11 +544,13 @@ def _load_progress(data: Path, record: Path) -> Progress:
         if not progress:
             with _open_regular(record) as file:
                 progress = Progress.from_json(file.read(LONGEST_RECORD))
-    except FileNotFoundError:
-        return fresh
     except (NotRegular, ValueError, TypeError, IndexError, RecursionError) as error:
         _complain(record, error, "this record is damaged and ignored, the upload starts from the first packet")
         return fresh
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):  # the latter: put there by hand, with no room for one
+            return fresh
+        raise
     if not progress.belongs_to(status):
         return fresh
     progress = replace(progress, rejected=[*progress.rejected])
@@ -844,24 +854,13 @@ class _Reply(http.client.HTTPResponse):
 
     def begin(self) -> None:
         super().begin()
-        while self.status in (
-            102,
-            103,
-        ):  # not yet the answer (RFC 9110, section 15.2); http.client passes over 100 alone
+        while self.status in (102, 103):  # not yet the answer (RFC 9110, section 15.2); http.client skips 100 alone
             self.headers = self.msg = None  # type: ignore[assignment]
             super().begin()
         if self._wire.ended:  # http.client takes headers that were cut off for whole ones
             raise http.client.HTTPException("the reply ends within its headers")
         self.headers.defects.clear()  # urllib3 would log them, with a traceback and the whole URL
         self.headers.set_payload("")
-
-
-class _HTTPConnection(urllib3.connection.HTTPConnection):
-    response_class = _Reply
-
-
-class _HTTPSConnection(urllib3.connection.HTTPSConnection):
-    response_class = _Reply
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
@@ -875,7 +874,7 @@ class _Adapter(requests.adapters.HTTPAdapter):
                 self._pool = super().get_connection_with_tls_context(*args, **kwargs)
             except (TypeError, ValueError):
                 raise requests.exceptions.InvalidProxyURL("the environment's proxy has a malformed URL") from None
-            self._pool.ConnectionCls = _HTTPSConnection if self._pool.scheme == "https" else _HTTPConnection
+            self._pool.ConnectionCls = type("Connection", (self._pool.ConnectionCls,), {"response_class": _Reply})
         return self._pool
 
 
@@ -1017,11 +1016,15 @@ def _check_count(batch: Batch, text: str) -> None:
     with contextlib.suppress(ValueError, RecursionError):  # the reply need not be JSON
         reply = json.loads(text)
         for name in ("packets_received", "raw_packets"):
-            received = reply.get(name) if isinstance(reply, dict) else None
-            if isinstance(received, int) and received < batch.packets:
-                logger.warning(
-                    "%ssent %d packets, but the server's %s is %d", batch.label, batch.packets, name, received
-                )
+            count = reply.get(name) if isinstance(reply, dict) else None
+            if isinstance(count, int) and count < batch.packets:
+                logger.warning("%ssent %d packets, but the server's %s is %d", batch.label, batch.packets, name, count)
+
+
+def _batch(packets: Packets) -> Batch:
+    if isinstance(packets, Batch):
+        return packets
+    return Batch(json.dumps(packets, allow_nan=False).encode(), len(packets))
 
 
 def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
@@ -1029,9 +1032,7 @@ def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
 
     `retry_count` is the number of attempts before, for the log. Never raises for what a server or network does.
     """
-    batch = (
-        packets if isinstance(packets, Batch) else Batch(json.dumps(packets, allow_nan=False).encode(), len(packets))
-    )
+    batch = _batch(packets)
     if not batch.packets:
         return Answer(Outcome.DELIVERED)
     started = time.monotonic()
@@ -1065,20 +1066,20 @@ def upload_with_retry(packets: Packets) -> Answer:
     Waits RETRY_DELAY before the second attempt, then twice that, and so on; longer where a Retry-After asks for it. Up
     to 10 % of jitter keeps many senders from coming back in step. stop_sender() ends the wait.
     """
-    label, attempts = (packets.label, packets.attempts) if isinstance(packets, Batch) else ("", 0)
-    attempts = attempts or MAX_RETRIES
+    batch = _batch(packets)
+    attempts = batch.attempts or MAX_RETRIES
     for attempt in range(attempts):
-        answer = upload_packets(packets, attempt)
+        answer = upload_packets(batch, attempt)
         if answer.outcome is Outcome.TRY_PLAIN:
             _link.plain = True
-            answer = upload_packets(packets, attempt)
+            answer = upload_packets(batch, attempt)
             _link.plain = bool(answer)
             if answer:
                 logger.warning("The server takes plain requests only: compression stays off")
         if answer.outcome not in _AGAIN_LATER or attempt == attempts - 1:
             break
         delay = max(RETRY_DELAY * 2 ** min(attempt, 20), answer.retry_after)
-        logger.info("%sRetrying in %g seconds...", label, round(delay, 1))
+        logger.info("%sRetrying in %g seconds...", batch.label, round(delay, 1))
         if not _nap(delay * random.uniform(1, 1.1)):  # noqa: S311
             break
     return answer
@@ -1372,12 +1373,8 @@ def _remove_orphans(folder: Path) -> None:
     found = _scan(folder)
     for name in [name for name in found if name.endswith(STATE)]:
         base = name[: -len(STATE)]
-        if base not in found and base + TAKEN not in found:
-            with contextlib.suppress(OSError, ValueError, RecursionError):  # not ours
-                with _open_regular(folder / name) as file:
-                    content = json.load(file)
-                if isinstance(content, dict) and "rejected" in content:
-                    _remove(folder / name)
+        if base not in found and base + TAKEN not in found and _is_record(folder / name):
+            _remove(folder / name)
 
 
 def _upload_ready() -> bool:

@@ -87,9 +87,9 @@ class Spool:
 
     def load(self, **settings: object) -> ModuleType:
         """This folder's sender.py as a fresh module, as an embedding program would load it."""
-        before = dict(os.environ)
+        before, environment = dict(os.environ), self.environment(**settings)
         os.environ.clear()
-        os.environ.update(self.environment(**settings))
+        os.environ.update(environment)
         try:
             spec = importlib.util.spec_from_file_location(f"sender_{next(_numbers)}", self.sender_py)
             assert spec

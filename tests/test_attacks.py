@@ -254,6 +254,17 @@ def test_only_our_own_records_are_ever_cleared_away(spool: Spool, name: str) -> 
         assert not list(folder.glob("ours*"))
 
 
+@pytest.mark.parametrize("content", [b"[1, 2]", b"not JSON", b'{"mine": 1}'])
+def test_a_failed_file_does_not_write_its_record_over_a_file_that_is_not_ours(spool: Spool, content: bytes) -> None:
+    with ScriptedServer(lambda request: reply(503)) as server:
+        put(spool.failed, "a.json.state", content)
+        spool.drop("a.json", numbered(3))
+        assert not load(spool, server)[0].process_json_file(spool.pending / "a.json")
+    assert (spool.failed / "a.json.state").read_bytes() == content
+    assert json.loads((spool.failed / "a.1.json").read_bytes()) == numbered(3)
+    assert json.loads((spool.failed / "a.1.json.state").read_bytes())["attempts"] == 1
+
+
 # ---------------------------------------------------------------- folders that cannot be used
 
 
@@ -313,6 +324,18 @@ if sys.platform != "win32":
         assert (spool.processed / name).read_bytes() == b"mine"
         assert sorted(path.read_bytes() for path in spool.processed.iterdir()) == sorted(earlier)
         assert not list(spool.failed.iterdir())
+
+    @pytest.mark.parametrize("length", [250, 255])
+    def test_a_failed_file_whose_name_leaves_no_room_for_a_record_is_delivered(spool: Spool, length: int) -> None:
+        name = "y" * (length - 5) + ".json"
+        answers = iter([reply(503), None, reply(503), None])
+        with ScriptedServer(lambda request: next(answers)) as server:
+            put(spool.failed, name, numbered(4))
+            sender, _ = load(spool, server, BATCH_SIZE=2)
+            for _ in range(4):
+                sender.retry_failed_uploads()
+        assert first_numbers(server) == [0, 0, 2, 2]  # how far it got is remembered
+        assert spool.names() == [f"processed/{name}"]
 
     def test_no_logs_dir_breaks_or_forges_a_line_of_the_log(spool: Spool, tmp_path: Path) -> None:
         spool.logs = spool.folder / "a\nb\r\x1b[2J\x9b1m" / "\u2028\n2026-11-23 10:20:00,123 - INFO - forged"
