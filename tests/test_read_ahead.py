@@ -67,17 +67,28 @@ def test_the_next_file_is_taken_and_read_while_one_is_being_sent(
     assert spool.names() == ["processed/a.json", "processed/b.json", "processed/c.json"]
 
 
+def rewritten(path: Path, content: str) -> None:
+    path.write_text(content)
+
+
+def replaced(path: Path, content: str) -> None:
+    other = path.with_name("other")
+    other.write_text(content)
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [rewritten, replaced])
 def test_a_file_that_changes_after_it_was_read_ahead_is_sent_as_it_is_then(
-    spool: Spool, server: MoodyServer, sender: Any
+    spool: Spool, server: MoodyServer, sender: Any, change: Callable[[Path, str], None]
 ) -> None:
     spool.drop("a.json", packets_of(0))
     spool.drop("b.json", packets_of(BIG))
 
-    def rewrite() -> None:
+    def change_it() -> None:
         read_ahead(sender)
-        (spool.pending / "b.json.taken").write_text(json.dumps(packets_of(5 * BIG)[:7]))
+        change(spool.pending / "b.json.taken", json.dumps(packets_of(5 * BIG)[:7]))
 
-    during_the_first_request(server, rewrite)
+    during_the_first_request(server, change_it)
     sender.monitor_and_upload(once=True)
     sender.monitor_and_upload(once=True)
     assert server.packets() == as_stored(packets_of(0), packets_of(5 * BIG)[:7])
