@@ -60,7 +60,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union
@@ -499,10 +499,6 @@ class Progress:
     set_aside: int = 0  # packets of the file in X.rejected.json
     rejected: list[tuple[int, str]] = field(default_factory=list)  # a packet's index, the server's reason
 
-    @property
-    def complete(self) -> bool:
-        return self.uploaded == self.packets and not self.rejected
-
     def next_batch(self) -> tuple[int, int]:
         return self.uploaded, self.batch_size
 
@@ -513,8 +509,12 @@ class Progress:
         return json.dumps(vars(self), ensure_ascii=False).encode(errors="surrogateescape")
 
     @classmethod
-    def from_json(cls, text: bytes) -> "Progress":
-        """Raises ValueError, TypeError or RecursionError for what to_json() cannot have written."""
+    def read(cls, record: Path) -> "Progress":
+        """Raises OSError, and one of _DAMAGED for what to_json() cannot have written."""
+        text = _unsaved.get(record)
+        if text is None:
+            with _open_regular(record) as file:
+                text = file.read(LONGEST_RECORD)
         progress = cls(**json.loads(text))
         blank = cls(0, 0)
         if any(type(value) is not type(getattr(blank, name)) for name, value in vars(progress).items()):
@@ -527,7 +527,8 @@ class Progress:
         return progress
 
 
-_unsaved: dict[Path, Progress] = {}  # what a full disk kept from its file
+_DAMAGED = (NotRegular, ValueError, TypeError, IndexError, RecursionError)  # what a record can be that is not ours
+_unsaved: dict[Path, bytes] = {}  # records that a full disk kept from their files
 _unmoved: dict[Path, Answer] = {}  # why files failed that failed_uploads/ does not take
 
 
@@ -540,33 +541,27 @@ def _load_progress(data: Path, record: Path) -> Progress:
     size = min(_link.batch_size or BATCH_SIZE, BATCH_SIZE)
     fresh = Progress(status.st_size, status.st_mtime_ns, batch_size=size)
     try:
-        progress = _unsaved.get(record)
-        if not progress:
-            with _open_regular(record) as file:
-                progress = Progress.from_json(file.read(LONGEST_RECORD))
-    except (NotRegular, ValueError, TypeError, IndexError, RecursionError) as error:
+        progress = Progress.read(record)
+    except _DAMAGED as error:
         _complain(record, error, "this record is damaged and ignored, the upload starts from the first packet")
         return fresh
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):  # the latter: put there by hand, with no room for one
             return fresh
         raise
-    if not progress.belongs_to(status):
-        return fresh
-    progress = replace(progress, rejected=[*progress.rejected])
     if progress.time > _now():  # a clock was wrong
         progress.time = ""
-    return progress
+    return progress if progress.belongs_to(status) else fresh
 
 
 def _save_progress(record: Path, progress: Progress, tell: bool = True) -> None:
     """Write the record. A disk that refuses it stops no upload: it is kept in memory until the disk takes it."""
+    _unsaved[record] = progress.to_json()
     try:
-        _write(record, progress.to_json())
-        _unsaved.pop(record, None)
+        _write(record, _unsaved[record])
+        del _unsaved[record]
         _told.pop(record, None)
     except OSError as error:
-        _unsaved[record] = replace(progress, rejected=[*progress.rejected])
         if tell:
             _complain(record, error, "the upload goes on, but a crash now would send packets again")
 
@@ -1182,7 +1177,8 @@ def _set_aside(capture: Capture, record: Path, name: str, progress: Progress) ->
 def _round(data: Path, record: Path, name: str, attempts: int) -> Answer:
     """One round of one file: upload what is left, then move it. Raises OSError where a file operation fails."""
     progress = _load_progress(data, record)
-    only_move = progress.complete or data in _unmoved
+    delivered = progress.uploaded == progress.packets and not progress.rejected
+    only_move = delivered or data in _unmoved
     answer = _unmoved.pop(data, Answer(Outcome.DELIVERED))
     if not only_move:
         try:
@@ -1623,9 +1619,8 @@ def _print_rows(title: str, rows: list[tuple[str, str]], total: int) -> None:
 def _failure(name: str) -> str:
     """Why a file is in failed_uploads/, as its record says."""
     try:
-        with _open_regular(FAILED_DIR / (name + STATE)) as file:
-            progress = Progress.from_json(file.read(LONGEST_RECORD))
-    except (OSError, ValueError, TypeError, IndexError, RecursionError):
+        progress = Progress.read(FAILED_DIR / (name + STATE))
+    except (OSError, *_DAMAGED):
         return "not tried yet"
     done = f"{progress.uploaded:,}/{progress.packets:,} packets uploaded; " if progress.uploaded else ""
     return f"{done}failed {_count(progress.attempts, 'time')}, last with: {progress.last_error}"
