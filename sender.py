@@ -1177,49 +1177,43 @@ def _set_aside(capture: Capture, record: Path, name: str, progress: Progress) ->
 def _round(data: Path, record: Path, name: str, attempts: int) -> Answer:
     """One round of one file: upload what is left, then move it. Raises OSError where a file operation fails."""
     progress = _load_progress(data, record)
+    noted = progress.to_json()
     delivered = progress.uploaded == progress.packets and not progress.rejected
     only_move = delivered or data in _unmoved
     answer = _unmoved.pop(data, Answer(Outcome.DELIVERED))
-    if not only_move:
-        try:
-            with _capture(data) as capture:
-                if not progress.belongs_to(capture.status):
-                    raise _changed(data)
-                if progress.packets not in (-1, len(capture)):
-                    _forget(record)  # it lies
-                    progress = _load_progress(data, record)
-                answer = _upload(capture, record, name, progress, attempts)
-        except OSError:
-            if progress.packets >= 0:
-                _save_progress(record, progress, tell=False)  # what the server has acknowledged is not sent again
-            raise
-        except ValueError as error:
-            progress.unreadable = True
-            answer = Answer(Outcome.UNREADABLE, "Not a capture", _one_line(str(error)))
-    if answer:
-        _done(data, record, name, progress, only_move)
-    elif answer.outcome is not Outcome.STOPPED:
+    try:
         if not only_move:
-            progress.attempts += 1
-            progress.last_error, progress.time = answer.reason, _now()
-        try:
+            try:
+                with _capture(data) as capture:
+                    if not progress.belongs_to(capture.status):
+                        raise _changed(data)
+                    if progress.packets not in (-1, len(capture)):
+                        _forget(record)  # it lies
+                        progress = _load_progress(data, record)
+                    answer = _upload(capture, record, name, progress, attempts)
+            except ValueError as error:
+                progress.unreadable = True
+                answer = Answer(Outcome.UNREADABLE, "Not a capture", _one_line(str(error)))
+        if answer:
+            _done(data, record, name, progress)
+        elif answer.outcome is not Outcome.STOPPED:
+            if not only_move:
+                progress.attempts += 1
+                progress.last_error, progress.time = answer.reason, _now()
             _failed(data, record, name, progress, answer)
-        except OSError:
+    except OSError:
+        if not answer:
             _unmoved[data] = answer  # until the next sweep only the move is tried again
-            _save_progress(record, progress, tell=False)  # the error itself is told
-            raise
+        if progress.to_json() != noted:
+            _save_progress(record, progress, tell=False)  # so that nothing acknowledged is sent again
+        raise
     return answer
 
 
-def _done(data: Path, record: Path, name: str, progress: Progress, noted: bool) -> None:
-    """Move a delivered file to processed/. Where that fails, its record says that only the move is left."""
-    try:
-        target = _free_path(PROCESSED_DIR, name)
-        _move(data, target)
-    except OSError:
-        if not noted:
-            _save_progress(record, progress, tell=False)
-        raise
+def _done(data: Path, record: Path, name: str, progress: Progress) -> None:
+    """Move a delivered file to processed/."""
+    target = _free_path(PROCESSED_DIR, name)
+    _move(data, target)
     _forget(record)  # last: a crash before this leaves a record without a file, and no file without its record
     try:
         os.utime(target)
