@@ -296,6 +296,16 @@ def _complain(path: Path, error: Exception, consequence: str) -> None:
         logger.error("%s", text)
 
 
+@contextlib.contextmanager
+def _complaining(path: Path, consequence: str) -> Iterator[None]:
+    """Go on after a file operation that failed: _complain(), until it succeeds."""
+    try:
+        yield
+        _told.pop(path, None)
+    except OSError as error:
+        _complain(path, error, consequence)
+
+
 def _cause(error: BaseException) -> BaseException:
     """The innermost cause of an error: what happened, without the URLs that the outer ones carry."""
     while True:
@@ -1271,29 +1281,22 @@ def _take(path: Path) -> Optional[Path]:
 def _remove_marker(path: Path) -> None:
     """Remove the marker of a file that is taken, but not one that its producer has put for a new file of that name."""
     marker = _beside(path, READY)
-    try:
+    _stale_markers.add(path)
+    with _complaining(marker, "this marker stays for now, which does no harm"):
         if not _exists(path) and _exists(marker):
             os.unlink(marker)
             if _exists(path):  # written anew this very moment, and what has just been removed may have been its marker
                 marker.touch()
-        _stale_markers.discard(path)
-        _told.pop(marker, None)
-    except OSError as error:
-        _stale_markers.add(path)
-        _complain(marker, error, "this marker stays for now, which does no harm")
+        _stale_markers.remove(path)
 
 
 def process_json_file(json_path: AnyPath) -> bool:
     """The whole life of one ready file: take it, upload it, move it. True only when it has reached processed/."""
     path = Path(json_path)
-    try:
+    with _complaining(path, "it stays in its folder and is tried again"):
         taken = _take(path)
-        answer = taken is not None and _round(taken, _beside(path, STATE), path.name, attempts=0)
-    except OSError as error:
-        _complain(path, error, "it stays in its folder and is tried again")
-        return False
-    _told.pop(path, None)
-    return bool(answer)
+        return taken is not None and bool(_round(taken, _beside(path, STATE), path.name, attempts=0))
+    return False
 
 
 # ---------------------------------------------------------------- the folders
@@ -1369,12 +1372,9 @@ def _remove_orphans(folder: Path) -> None:
 
 def _upload_ready() -> bool:
     """Process what is ready, in chronological order: that of the names. True if something has been delivered."""
-    try:
+    names = []
+    with _complaining(PENDING_DIR, "nothing can be uploaded until that is mended"):
         names = _ready_names(_scan(PENDING_DIR))
-        _told.pop(PENDING_DIR, None)
-    except OSError as error:
-        _complain(PENDING_DIR, error, "nothing can be uploaded until that is mended")
-        names = []
     for path in list(_stale_markers):
         _remove_marker(path)
     delivered = False
@@ -1395,12 +1395,10 @@ def retry_failed_uploads() -> None:
     _unmoved.clear()
     with contextlib.suppress(OSError):  # told by _upload_ready()
         _remove_orphans(PENDING_DIR)
-    try:
+    due = []
+    with _complaining(FAILED_DIR, "failed uploads are not retried until that is mended"):
         _remove_orphans(FAILED_DIR)
         due = _due()
-        _told.pop(FAILED_DIR, None)
-    except OSError as error:
-        return _complain(FAILED_DIR, error, "failed uploads are not retried until that is mended")
     if due:
         logger.info("Retrying %d failed uploads...", len(due))
     faults = 0
@@ -1422,19 +1420,16 @@ def retry_failed_uploads() -> None:
             if (left := len(due) - number) and not _stopping:
                 logger.info("The other %s can wait: it is the server's trouble", _count(left, "failed upload"))
             break
-    return None
 
 
 def _prune_processed() -> None:
     """Delete what was uploaded more than KEEP_PROCESSED_DAYS ago; _done() set each file's time to its upload."""
     oldest, pruned = time.time() - KEEP_PROCESSED_DAYS * 86400, 0
-    try:
+    with _complaining(PROCESSED_DIR, "old files stay until that is mended"):
         for name, entry in _scan(PROCESSED_DIR).items() if KEEP_PROCESSED_DAYS else ():
             if name.endswith(".json") and entry.is_file(follow_symlinks=False) and entry.stat().st_mtime < oldest:
                 os.unlink(PROCESSED_DIR / name)
                 pruned += 1
-    except OSError as error:
-        _complain(PROCESSED_DIR, error, "old files stay until that is mended")
     if pruned:
         logger.info("Deleted %s from processed/: older than %g days", _count(pruned, "file"), KEEP_PROCESSED_DAYS)
 
@@ -1491,13 +1486,11 @@ def _only_sender() -> Iterator[Callable[[], bool]]:
 def _check_folders() -> None:
     """Make the folders, tell which cannot be used, and clear away what a crash left half-written."""
     for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR):
-        try:
+        with _complaining(folder, "files stay where they are until that is mended"):
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "no permission to read and write", str(folder))
             _remove(folder / TEMPORARY)
-        except OSError as error:
-            _complain(folder, error, "files stay where they are until that is mended")
 
 
 def monitor_and_upload(once: bool = False) -> None:
