@@ -685,12 +685,6 @@ class _Leap:
         return _Found(starts, used, last) if proved else None
 
 
-def _skip_white(data: bytes, base: int) -> tuple[bytes, int]:
-    """`data`, which stands at offset `base`, without the white space before it; and the offset then."""
-    rest = data.lstrip(_WHITE)
-    return rest, base + len(data) - len(rest)
-
-
 def _changed(path: Path) -> OSError:
     return OSError(errno.EBUSY, "it changed while it was read", str(path))
 
@@ -724,23 +718,28 @@ class Capture:
     def __len__(self) -> int:
         return self._numbers[-1]
 
+    def _skip_white(self, data: bytes, base: int) -> tuple[bytes, int]:
+        """`data`, which stands at offset `base`, and what follows it: from where white space ends, and that offset."""
+        while not (rest := data.lstrip(_WHITE)) and (more := self._file.read(BLOCK)):
+            data, base = more, base + len(data)
+        return rest, base + len(data) - len(rest)
+
     def _index(self) -> None:
         data = self._file.read(len(codecs.BOM_UTF8))
         data, base = (b"", len(data)) if data == codecs.BOM_UTF8 else (data, 0)  # let pass (RFC 8259, section 8.1)
-        number, opened, closed = 0, False, False
+        data, base = self._skip_white(data, base)
+        if not data.startswith(b"["):
+            what = "which begins with '['" if data else "but the file is empty"
+            raise ValueError(f"Expecting an array of packets, {what} (byte {base:,})")
+        data, base = self._skip_white(data[1:], base + 1)
+        closed = data.startswith(b"]")
+        if closed:
+            data, base = data[1:], base + 1
+        number = 0
         limit = 2 if sqlite3 else sys.maxsize  # two packets show what separates them
         while not closed:
             more = self._file.read(max(BLOCK, len(data)))  # twice as much while not one packet fits
-            data, base = _skip_white(data + more, base)
-            if not opened:
-                if data[:1] != b"[" and (data or not more):
-                    what = "which begins with '['" if data else "but the file is empty"
-                    raise ValueError(f"Expecting an array of packets, {what} (byte {base:,})")
-                opened = data[:1] == b"["
-                data, base = _skip_white(data[1:], base + 1) if opened else (data, base)
-            if not number and data[:1] == b"]":
-                data, base = data[1:], base + 1
-                break
+            data, base = self._skip_white(data + more, base)
             try:
                 leapt = self._leap and self._leap.take(data, not more)
                 found = leapt or _walk(data, not more, limit)
@@ -757,10 +756,9 @@ class Capture:
                 self._leapt.append(bool(leapt))
             number += len(found.starts)
             data, base, closed = data[found.used :], base + found.used, found.closed
-        while data or (data := self._file.read(BLOCK)):
-            data, base = _skip_white(data, base)
-            if data:
-                raise ValueError(f"Extra data after the array (byte {base:,})")
+        data, base = self._skip_white(data, base)
+        if data:
+            raise ValueError(f"Extra data after the array (byte {base:,})")
         self._numbers.append(number)
         self._offsets.append(base)
 
