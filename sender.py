@@ -175,6 +175,7 @@ PROCESSED_DIR = LOGS_DIR / "processed"
 READY, TAKEN, STATE = ".ready", ".taken", ".state"
 REJECTED = ".rejected.json"
 TEMPORARY = ".sender.tmp"
+LOCK = LOGS_DIR / ".sender.lock"
 NO_DATA = (TEMPORARY, ".gitkeep", ".DS_Store")
 LONGEST_NAME = 255 - len(STATE)  # bytes
 
@@ -1425,13 +1426,14 @@ class AlreadyRunning(RuntimeError):
     """Another sender serves this LOGS_DIR."""
 
 
-def _lock_path() -> Path:
-    return LOGS_DIR / ".sender.lock"
-
-
-def _holder(fd: int) -> str:
-    os.lseek(fd, 0, os.SEEK_SET)
-    return os.read(fd, 20).decode(errors="replace") or "unknown"
+def _lock(fd: int, shared: bool = False) -> str:
+    """Take the lock; returns the pid of another sender that has it. Raises OSError where files cannot be locked."""
+    try:
+        _lock_file(fd, shared)
+    except (BlockingIOError, PermissionError):
+        os.lseek(fd, 0, os.SEEK_SET)
+        return os.read(fd, 20).decode(errors="replace") or "unknown"
+    return ""
 
 
 @contextlib.contextmanager
@@ -1441,23 +1443,19 @@ def _only_sender() -> Iterator[Callable[[], bool]]:
     Yields a function that tells whether the lock is still the one that others would find.
     """
     LOGS_DIR.mkdir(parents=True, exist_ok=True)
-    fd = os.open(_lock_path(), os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o644)
+    fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o644)
 
     def in_place() -> bool:
         with contextlib.suppress(OSError):
-            return os.path.samestat(os.fstat(fd), os.stat(_lock_path()))
+            return os.path.samestat(os.fstat(fd), os.stat(LOCK))
         return False
 
     try:
-        for patience in range(10, -1, -1):
-            try:
-                _lock_file(fd)
-                break
-            except (BlockingIOError, PermissionError):
-                if not patience:
-                    holder = f"Another sender (pid {_holder(fd)}) serves {_printable(LOGS_DIR)}: stop it first"
-                    raise AlreadyRunning(holder) from None
-                time.sleep(0.1)  # --status holds the lock for an instant
+        end = time.monotonic() + 1  # --status holds the lock for an instant
+        while holder := _lock(fd):
+            if time.monotonic() > end:
+                raise AlreadyRunning(f"Another sender (pid {holder}) serves {_printable(LOGS_DIR)}: stop it first")
+            time.sleep(0.1)
         with contextlib.suppress(OSError):  # a full disk has no room for a pid
             os.ftruncate(fd, 0)
             os.lseek(fd, 0, os.SEEK_SET)
@@ -1544,16 +1542,8 @@ def _server_trouble() -> str:
 
 def _running_pid() -> str:
     """The pid of the sender that holds the lock, empty where there is none."""
-    try:
-        fd = os.open(_lock_path(), os.O_RDONLY | _OPEN_FLAGS)
-    except OSError:
-        return ""
-    try:
-        _lock_file(fd, shared=True)  # the close lets go of it at once, and a sender that starts just now is patient
-    except OSError:
-        return _holder(fd)
-    finally:
-        os.close(fd)
+    with contextlib.suppress(OSError), _open_regular(LOCK) as file:
+        return _lock(file.fileno(), shared=True)  # closed at once, and a sender that starts just now is patient
     return ""
 
 
