@@ -1566,15 +1566,16 @@ def _size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def _print_rows(title: str, rows: list[tuple[str, str]], total: int) -> None:
-    """Names with what there is to say of each, in 80 columns."""
-    if rows:
+def _print_rows(title: str, names: list[str], say: Callable[[str], str]) -> None:
+    """The first five names with what there is to say of each, in 80 columns."""
+    if names:
         print(f"\n{title}")
-    for name, text in rows:
-        print("  " + (name if len(name) < 78 else f"{name[:76]}…"))
-        print(textwrap.fill(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    if total > len(rows):
-        print(f"  and {total - len(rows):,} more")
+    for name in names[:5]:
+        shown = _printable(name)
+        print("  " + (shown if len(shown) < 78 else f"{shown[:76]}…"))
+        print(textwrap.fill(say(name), 80, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    if len(names) > 5:
+        print(f"  and {len(names) - 5:,} more")
 
 
 def _failure(name: str) -> str:
@@ -1616,10 +1617,11 @@ def print_status() -> bool:
         print(f"{title:16}{len(names):>9,}{_size(sum(found[name].st_size for name in names)):>12}   {oldest}")
 
     again.sort(key=lambda name: failed.get(name + STATE, failed[name]).st_mtime, reverse=True)
-    _print_rows("Latest failures", [(_printable(name), _failure(name)) for name in again[:5]], len(again))
-    ages = [(_printable(name), f"written {_duration(now - pending[name].st_mtime)} ago") for name in unmarked]
-    _print_rows("No marker: still being written, or its .ready file is missing", ages[:5], len(ages))
-    late = [name for name in unmarked if now - pending[name].st_mtime > 60]
+    _print_rows("Latest failures", again, _failure)
+    ages = {name: now - pending[name].st_mtime for name in unmarked}
+    title = "No marker: still being written, or its .ready file is missing"
+    _print_rows(title, unmarked, lambda name: f"written {_duration(ages[name])} ago")
+    late = [name for name in unmarked if ages[name] > 60]
     problems += [
         *(["the server is not reachable"] if trouble else []),
         *([f"{_count(len(again), 'failed upload')}"] if again else []),
