@@ -612,12 +612,8 @@ def _no_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=len, parse_constant=_no_constant)  # only finds ends: builds no dicts
 
 
-class _Found(NamedTuple):
-    """The packets at the beginning of a block: where each starts, how many bytes they take, if the array ended."""
-
-    starts: list[int]
-    used: int
-    closed: bool
+# The packets at the beginning of a block: where each starts, how many bytes they take, whether the array ends there.
+_Found = tuple[list[int], int, bool]
 
 
 def _walk(data: bytes, last: bool, limit: int) -> _Found:
@@ -647,7 +643,7 @@ def _walk(data: bytes, last: bool, limit: int) -> _Found:
     except UnicodeDecodeError as error:
         before = sum(start <= error.start for start in starts) - 1
         raise ValueError(f"not UTF-8, {error.reason}", before, error.start) from None
-    return _Found(starts, at, closed)
+    return starts, at, closed
 
 
 class _Leap:
@@ -683,7 +679,7 @@ class _Leap:
             proved = self._database.execute(_COUNT, (f"[{body.decode()}]",)).fetchone() == (len(starts),)
         except (UnicodeDecodeError, sqlite3.Error):
             return None
-        return _Found(starts, used, last) if proved else None
+        return (starts, used, last) if proved else None
 
 
 def _changed(path: Path) -> OSError:
@@ -740,20 +736,20 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             data, base = self._skip_white(data + more, base)
             try:
                 leapt = self._leap and self._leap.take(data, not more)
-                found = leapt or _walk(data, not more, limit)
+                starts, used, closed = leapt or _walk(data, not more, limit)
             except ValueError as error:
                 reason, before, at = error.args
                 raise ValueError(f"{reason} (packet {number + before + 1:,}, byte {base + at:,})") from None
-            if limit == 2 and len(found.starts) == 2:
+            if limit == 2 and len(starts) == 2:
                 limit = sys.maxsize
-                separator = _SEPARATOR.match(data, data.rfind(b"}", 0, found.starts[1]))
+                separator = _SEPARATOR.match(data, data.rfind(b"}", 0, starts[1]))
                 self._leap = _Leap(separator) if separator else None
-            if found.starts:
+            if starts:
                 self._numbers.append(number)
                 self._offsets.append(base)
                 self._leapt.append(bool(leapt))
-            number += len(found.starts)
-            data, base, closed = data[found.used :], base + found.used, found.closed
+            number += len(starts)
+            data, base = data[used:], base + used
         data, base = self._skip_white(data, base)
         if data:
             raise ValueError(f"Extra data after the array (byte {base:,})")
@@ -771,7 +767,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
                 if self._leap and self._leapt[mark]:
                     cut = next(itertools.islice(self._leap.find.finditer(block), behind - 1, None))
                     return offset + cut.end() - self._leap.tail
-                return offset + _walk(block, False, behind + 1).starts[behind]
+                return offset + _walk(block, False, behind + 1)[0][behind]
             except (ValueError, IndexError, StopIteration):
                 raise _changed(self._path) from None
         return offset
