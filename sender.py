@@ -593,7 +593,7 @@ class Batch(NamedTuple):
     packets: int
     label: str = ""  # "X.json: ", for the log
     progress: str = ""  # " (3,000/20,000 packets)", once this batch is delivered
-    attempts: int = 0  # 0: MAX_RETRIES
+    attempts: int = 1
 
 
 Packets = Union[list[dict[str, Any]], Batch]
@@ -1007,7 +1007,7 @@ def _check_count(batch: Batch, text: str) -> None:
 def _batch(packets: Packets) -> Batch:
     if isinstance(packets, Batch):
         return packets
-    return Batch(json.dumps(packets, allow_nan=False).encode(), len(packets))
+    return Batch(json.dumps(packets, allow_nan=False).encode(), len(packets), attempts=MAX_RETRIES)
 
 
 def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
@@ -1025,7 +1025,7 @@ def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
         logger.info("%s✓ Successfully uploaded %d packets%s", batch.label, batch.packets, batch.progress)
         _note_success()
         return answer
-    attempt = f" (attempt {retry_count + 1}/{batch.attempts or MAX_RETRIES})" if answer.outcome in _AGAIN_LATER else ""
+    attempt = f" (attempt {retry_count + 1}/{batch.attempts})" if answer.outcome in _AGAIN_LATER else ""
     level = logging.ERROR if answer.outcome is Outcome.REFUSED else logging.WARNING
     logger.log(level, "%s%s%s%s", batch.label, answer.headline, attempt, answer.detail and f": {answer.detail}")
     if _link.down_since is None and (attempt or answer.outcome is Outcome.REFUSED):
@@ -1044,14 +1044,13 @@ def _note_success() -> None:
 
 
 def upload_with_retry(packets: Packets) -> Answer:
-    """Up to MAX_RETRIES attempts (a Batch may ask for fewer); truthy only on success.
+    """Up to MAX_RETRIES attempts (a Batch says how many); truthy only on success.
 
     Waits RETRY_DELAY before the second attempt, then twice that, and so on; longer where a Retry-After asks for it. Up
     to 10 % of jitter keeps many senders from coming back in step. stop_sender() ends the wait.
     """
     batch = _batch(packets)
-    attempts = batch.attempts or MAX_RETRIES
-    for attempt in range(attempts):
+    for attempt in range(batch.attempts):
         answer = upload_packets(batch, attempt)
         if answer.outcome is Outcome.TRY_PLAIN:
             _link.plain = True
@@ -1059,7 +1058,7 @@ def upload_with_retry(packets: Packets) -> Answer:
             _link.plain = bool(answer)
             if answer:
                 logger.warning("The server takes plain requests only: compression stays off")
-        if answer.outcome not in _AGAIN_LATER or attempt == attempts - 1:
+        if answer.outcome not in _AGAIN_LATER or attempt == batch.attempts - 1:
             break
         delay = max(RETRY_DELAY * 2 ** min(attempt, 20), answer.retry_after)
         logger.info("%sRetrying in %g seconds...", batch.label, round(delay, 1))
@@ -1273,7 +1272,7 @@ def process_json_file(json_path: AnyPath) -> bool:
     path = Path(json_path)
     with _complaining(path, "it stays in its folder and is tried again"):
         taken = _take(path)
-        return taken is not None and bool(_round(taken, _beside(path, STATE), path.name, attempts=0))
+        return taken is not None and bool(_round(taken, _beside(path, STATE), path.name, MAX_RETRIES))
     return False
 
 
@@ -1388,7 +1387,7 @@ def retry_failed_uploads() -> None:
         if _stopping:
             break
         try:
-            answer = _round(path, _beside(path, STATE), path.name, attempts=1)
+            answer = _round(path, _beside(path, STATE), path.name, 1)
         except FileNotFoundError as error:
             _complain(path, error, "somebody has taken it away")
             continue
