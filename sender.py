@@ -152,7 +152,6 @@ def _printable(text: object) -> str:
 
 _SECONDS, _ABOVE_0 = "a number of seconds above 0, at most 1000000", sys.float_info.min
 _WHOLE = "a whole number from 1 to 1000000"
-_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 SERVER_URL = _setting("SERVER_URL", "http://localhost:8000/ingest", _url, "an http or https URL with a host")
 API_TOKEN = _setting("API_TOKEN", "", _token, "printable ASCII")  # sent as Authorization: Bearer
@@ -165,7 +164,7 @@ RETRY_FAILED_INTERVAL = _setting("RETRY_FAILED_INTERVAL", 300.0, _number(float, 
 COMPRESS = _setting("COMPRESS", "none", _one_of("none", "gzip"), "gzip or none")  # for slow links
 KEEP_PROCESSED_DAYS = _setting("KEEP_PROCESSED_DAYS", 0.0, _number(float, 0), "a number of days, 0 for ever")
 LOGS_DIR = _setting("LOGS_DIR", Path(__file__).with_name("logs"), lambda s: Path(s).expanduser(), "a folder").absolute()
-LOG_LEVEL = _setting("LOG_LEVEL", "INFO", _one_of(*_LEVELS), "DEBUG, INFO, WARNING or ERROR")
+LOG_LEVEL = _setting("LOG_LEVEL", "INFO", _one_of("DEBUG", "INFO", "WARNING", "ERROR"), "DEBUG, INFO, WARNING or ERROR")
 
 PENDING_DIR = LOGS_DIR / "pending_upload"
 FAILED_DIR = LOGS_DIR / "failed_uploads"
@@ -243,7 +242,7 @@ class Answer:
 class Link:
     """What this process has learned about the server, carried from file to file."""
 
-    batch_size: int = 0  # what batches have shrunk to; 0: they have not
+    batch_size: int = sys.maxsize  # what batches have shrunk to
     plain: bool = False  # compressed requests were refused
     kept_alive: bool = False  # the last exchange left a connection open
     down_since: Optional[float] = None  # monotonic time of the first failure after a success
@@ -549,8 +548,7 @@ def _load_progress(data: Path, record: Path) -> Progress:
     Raises OSError where the record is there but cannot be read now: to start afresh would send packets again.
     """
     status = os.lstat(data)
-    size = min(_link.batch_size or BATCH_SIZE, BATCH_SIZE)
-    fresh = Progress(status.st_size, status.st_mtime_ns, batch_size=size)
+    fresh = Progress(status.st_size, status.st_mtime_ns, batch_size=min(_link.batch_size, BATCH_SIZE))
     try:
         progress = Progress.read(record)
     except _DAMAGED as error:
@@ -873,8 +871,7 @@ def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedR
     Proxies, CA bundle and .netrc are looked up here, once; a session does so at every request, at half of its cost.
     """
     session = requests.Session()
-    session.mount("http://", _Adapter())
-    session.mount("https://", _Adapter())
+    session.mount(url, _Adapter())
     session.headers.clear()  # of requests' own none is needed
     headers = {"Content-Type": "application/json", "User-Agent": f"sender.py/{__version__}"}
     # A callable as auth keeps requests from looking into .netrc and the URL: the token wins.
