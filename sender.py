@@ -519,11 +519,11 @@ class Progress:
         return json.dumps(vars(self), ensure_ascii=False).encode(errors="surrogateescape")
 
     @classmethod
-    def read(cls, record: Path) -> "Progress":
-        """Raises OSError, and one of _DAMAGED for what to_json() cannot have written."""
-        text = _unsaved.get(record)
+    def read(cls, path: Path) -> "Progress":
+        """The record of X.json. Raises OSError, and one of _DAMAGED for what to_json() cannot have written."""
+        text = _unsaved.get(path)
         if text is None:
-            with _open_regular(record) as file:
+            with _open_regular(_beside(path, STATE)) as file:
                 text = file.read(LONGEST_RECORD)
         progress = cls(**json.loads(text))
         blank = cls(0, 0)
@@ -538,21 +538,22 @@ class Progress:
 
 
 _DAMAGED = (NotRegular, ValueError, TypeError, IndexError, RecursionError)  # what a record can be that is not ours
-_unsaved: dict[Path, bytes] = {}  # records that a full disk kept from their files
+_unsaved: dict[Path, bytes] = {}  # the records that a full disk refuses, by their X.json
 _unmoved: dict[Path, Answer] = {}  # why files failed that failed_uploads/ does not take
 
 
-def _load_progress(data: Path, record: Path) -> Progress:
-    """The progress of `data`: from `record`, if that belongs to this very file, else a fresh one.
+def _load_progress(path: Path, data: Path) -> Progress:
+    """The progress of X.json: from its record, if that belongs to this very `data`, else a fresh one.
 
     Raises OSError where the record is there but cannot be read now: to start afresh would send packets again.
     """
     status = os.lstat(data)
     fresh = Progress(status.st_size, status.st_mtime_ns, batch_size=min(_link.batch_size, BATCH_SIZE))
     try:
-        progress = Progress.read(record)
+        progress = Progress.read(path)
     except _DAMAGED as error:
-        _complain(record, error, "this record is damaged and ignored, the upload starts from the first packet")
+        what = "this record is damaged and ignored, the upload starts from the first packet"
+        _complain(_beside(path, STATE), error, what)
         return fresh
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):  # the latter: put there by hand, with no room for one
@@ -563,22 +564,22 @@ def _load_progress(data: Path, record: Path) -> Progress:
     return progress if progress.belongs_to(status) else fresh
 
 
-def _save_progress(record: Path, progress: Progress, tell: bool = True) -> None:
+def _save_progress(path: Path, progress: Progress, tell: bool = True) -> None:
     """Write the record. A disk that refuses it stops no upload: it is kept in memory until the disk takes it."""
-    _unsaved[record] = progress.to_json()
+    record, _unsaved[path] = _beside(path, STATE), progress.to_json()
     try:
-        _write(record, _unsaved[record])
-        del _unsaved[record]
+        _write(record, _unsaved[path])
+        del _unsaved[path]
         _told.pop(record, None)
     except OSError as error:
         if tell:
             _complain(record, error, "the upload goes on, but a crash now would send packets again")
 
 
-def _forget(record: Path) -> None:
-    _unsaved.pop(record, None)
-    _told.pop(record, None)
-    _remove(record)
+def _forget(path: Path) -> None:
+    _unsaved.pop(path, None)
+    _told.pop(_beside(path, STATE), None)
+    _remove(_beside(path, STATE))
 
 
 # ---------------------------------------------------------------- reading
@@ -1111,7 +1112,7 @@ def _pass_over(progress: Progress, answer: Answer, works_for_others: bool) -> bo
     return False
 
 
-def _upload(capture: Capture, record: Path, name: str, progress: Progress, attempts: int) -> Answer:
+def _upload(capture: Capture, path: Path, progress: Progress, attempts: int) -> Answer:
     """Upload what `progress` says is left; returns the last answer.
 
     Before each POST the record on disk says which batch goes out. So a crash repeats that one batch and no other, byte
@@ -1123,7 +1124,7 @@ def _upload(capture: Capture, record: Path, name: str, progress: Progress, attem
         progress.batch_size = min(progress.batch_size, BATCH_SIZE)
     while progress.uploaded < progress.packets:
         if progress.next_batch() != on_disk:
-            _save_progress(record, progress)
+            _save_progress(path, progress)
             on_disk = progress.next_batch()
         if _stopping:
             return Answer(Outcome.STOPPED)
@@ -1131,7 +1132,7 @@ def _upload(capture: Capture, record: Path, name: str, progress: Progress, attem
         sent = stop - progress.uploaded
         told = f" ({stop:,}/{progress.packets:,} packets)" if sent < progress.packets else ""
         answer = upload_with_retry(
-            Batch(capture.cut(progress.uploaded, stop), sent, f"{_printable(name)}: ", told, attempts)
+            Batch(capture.cut(progress.uploaded, stop), sent, f"{_printable(path.name)}: ", told, attempts)
         )
         if _stopping and not answer:
             return Answer(Outcome.STOPPED)
@@ -1140,27 +1141,27 @@ def _upload(capture: Capture, record: Path, name: str, progress: Progress, attem
         if not goes_on:
             return answer
     if progress.rejected:
-        _set_aside(capture, record, name, progress)
+        _set_aside(capture, path, progress)
     return Answer(Outcome.DELIVERED)
 
 
-def _set_aside(capture: Capture, record: Path, name: str, progress: Progress) -> None:
+def _set_aside(capture: Capture, path: Path, progress: Progress) -> None:
     """Keep the packets that the server refused one by one in X.rejected.json, with its reasons beside them."""
     content = b"[" + b",\n".join(capture.cut(index, index + 1)[1:-1] for index, _ in progress.rejected) + b"]\n"
     reasons = [{"packet": index + 1, "reason": reason} for index, reason in progress.rejected]
-    target = _free_path(FAILED_DIR, name, REJECTED, content)
+    target = _free_path(FAILED_DIR, path.name, REJECTED, content)
     _write(target, content)
-    _write(_beside(target, STATE), json.dumps({"file": name, "rejected": reasons}, indent=1).encode())
+    _write(_beside(target, STATE), json.dumps({"file": path.name, "rejected": reasons}, indent=1).encode())
     progress.set_aside = len(progress.rejected)
     progress.rejected = []  # only now: after a crash before this, the same content goes to the same place again
-    _save_progress(record, progress)
+    _save_progress(path, progress)
     what = f"the server rejects {_count(len(reasons), 'packet')}, kept in failed_uploads/{_printable(target.name)}"
-    logger.error("%s: %s: %s", _printable(name), what, reasons[0]["reason"])
+    logger.error("%s: %s: %s", _printable(path.name), what, reasons[0]["reason"])
 
 
-def _round(data: Path, record: Path, name: str, attempts: int) -> Answer:
-    """One round of one file: upload what is left, then move it. Raises OSError where a file operation fails."""
-    progress = _load_progress(data, record)
+def _round(path: Path, data: Path, attempts: int) -> Answer:
+    """One round of X.json: upload what is left of `data`, then move it. Raises OSError where a file operation fails."""
+    progress = _load_progress(path, data)
     noted = progress.to_json()
     delivered = progress.uploaded == progress.packets and not progress.rejected
     only_move = delivered or data in _unmoved
@@ -1172,58 +1173,58 @@ def _round(data: Path, record: Path, name: str, attempts: int) -> Answer:
                     if not progress.belongs_to(capture.status):
                         raise _changed(data)
                     if progress.packets not in (-1, len(capture)):
-                        _forget(record)  # it lies
-                        progress = _load_progress(data, record)
-                    answer = _upload(capture, record, name, progress, attempts)
+                        _forget(path)  # it lies
+                        progress = _load_progress(path, data)
+                    answer = _upload(capture, path, progress, attempts)
             except ValueError as error:
                 progress.unreadable = True
                 answer = Answer(Outcome.UNREADABLE, "Not a capture", _one_line(str(error)))
         if answer:
-            _done(data, record, name, progress)
+            _done(path, data, progress)
         elif answer.outcome is not Outcome.STOPPED:
             if not only_move:
                 progress.attempts += 1
                 progress.last_error, progress.time = answer.reason, _now()
-            _failed(data, record, name, progress, answer)
+            _failed(path, data, progress, answer)
     except OSError:
         if not answer:
             _unmoved[data] = answer  # until the next sweep only the move is tried again
         if progress.to_json() != noted:
-            _save_progress(record, progress, tell=False)  # so that nothing acknowledged is sent again
+            _save_progress(path, progress, tell=False)  # so that nothing acknowledged is sent again
         raise
     return answer
 
 
-def _done(data: Path, record: Path, name: str, progress: Progress) -> None:
+def _done(path: Path, data: Path, progress: Progress) -> None:
     """Move a delivered file to processed/."""
-    target = _free_path(PROCESSED_DIR, name)
+    target = _free_path(PROCESSED_DIR, path.name)
     _move(data, target)
-    _forget(record)  # last: a crash before this leaves a record without a file, and no file without its record
+    _forget(path)  # last: a crash before this leaves a record without a file, and no file without its record
     try:
         os.utime(target)
     except OSError as error:
         if KEEP_PROCESSED_DAYS:
             _complain(target, error, "KEEP_PROCESSED_DAYS will count from its capture, not from its upload")
     aside = f", {progress.set_aside} set aside" if progress.set_aside else ""
-    renamed = "" if target.name == name else f", kept as {_printable(target.name)}"
+    renamed = "" if target.name == path.name else f", kept as {_printable(target.name)}"
     delivered = progress.packets - progress.set_aside
-    logger.info("✓ %s processed successfully (%d packets)%s%s", _printable(name), delivered, aside, renamed)
+    logger.info("✓ %s processed successfully (%d packets)%s%s", _printable(path.name), delivered, aside, renamed)
 
 
-def _failed(data: Path, record: Path, name: str, progress: Progress, answer: Answer) -> None:
+def _failed(path: Path, data: Path, progress: Progress, answer: Answer) -> None:
     """Tell why a file failed, and move it to failed_uploads/ where it is not there yet."""
-    what = f"{_printable(name)} stays in failed_uploads/"
-    if data.parent == FAILED_DIR:
-        _save_progress(record, progress)
+    what = f"{_printable(path.name)} stays in failed_uploads/"
+    if path.parent == FAILED_DIR:
+        _save_progress(path, progress)
     else:
-        target = _free_path(FAILED_DIR, name)
+        target = _free_path(FAILED_DIR, path.name)
         # The record first: a crash between the two leaves the file taken, with its old record. The other way round it
         # would stand in failed_uploads/ without any, and all of it would be sent again.
         _write(_beside(target, STATE), progress.to_json())
         _move(data, target)
-        _forget(record)
-        renamed = "" if target.name == name else f" as {_printable(target.name)}"
-        what = f"{_printable(name)} moved to failed_uploads/{renamed}"
+        _forget(path)
+        renamed = "" if target.name == path.name else f" as {_printable(target.name)}"
+        what = f"{_printable(path.name)} moved to failed_uploads/{renamed}"
         _link.sweep_when_back |= answer.outcome is not Outcome.UNREADABLE
         _link.early_sweeps = EARLY_SWEEPS
     _link.sweep_when_back |= answer.outcome in (Outcome.UNREACHABLE, Outcome.BUSY)
@@ -1269,7 +1270,7 @@ def process_json_file(json_path: AnyPath) -> bool:
     path = Path(json_path)
     with _complaining(path, "it stays in its folder and is tried again"):
         taken = _take(path)
-        return taken is not None and bool(_round(taken, _beside(path, STATE), path.name, MAX_RETRIES))
+        return taken is not None and bool(_round(path, taken, MAX_RETRIES))
     return False
 
 
@@ -1314,7 +1315,7 @@ def _due() -> list[Path]:
     for path in [FAILED_DIR / name for name in _failed_names(found)]:
         try:
             if _is_regular(FAILED_DIR, found[path.name]):
-                progress = _load_progress(path, _beside(path, STATE))
+                progress = _load_progress(path, path)
                 if not progress.unreadable:
                     due.append((progress.time, path))
         except FileNotFoundError:
@@ -1384,7 +1385,7 @@ def retry_failed_uploads() -> None:
         if _stopping:
             break
         try:
-            answer = _round(path, _beside(path, STATE), path.name, 1)
+            answer = _round(path, path, attempts=1)
         except FileNotFoundError as error:
             _complain(path, error, "somebody has taken it away")
             continue
@@ -1573,7 +1574,7 @@ def _print_rows(title: str, names: list[str], say: Callable[[str], str]) -> None
 def _failure(name: str) -> str:
     """Why a file is in failed_uploads/, as its record says."""
     try:
-        progress = Progress.read(FAILED_DIR / (name + STATE))
+        progress = Progress.read(FAILED_DIR / name)
     except (OSError, *_DAMAGED):
         return "not tried yet"
     done = f"{progress.uploaded:,}/{progress.packets:,} packets uploaded; " if progress.uploaded else ""
