@@ -152,6 +152,7 @@ def _printable(text: object) -> str:
 
 _SECONDS, _ABOVE_0 = "a number of seconds above 0, at most 1000000", sys.float_info.min
 _WHOLE = "a whole number from 1 to 1000000"
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 SERVER_URL = _setting("SERVER_URL", "http://localhost:8000/ingest", _url, "an http or https URL with a host")
 API_TOKEN = _setting("API_TOKEN", "", _token, "printable ASCII")  # sent as Authorization: Bearer
@@ -164,7 +165,7 @@ RETRY_FAILED_INTERVAL = _setting("RETRY_FAILED_INTERVAL", 300.0, _number(float, 
 COMPRESS = _setting("COMPRESS", "none", _one_of("none", "gzip"), "gzip or none")  # for slow links
 KEEP_PROCESSED_DAYS = _setting("KEEP_PROCESSED_DAYS", 0.0, _number(float, 0), "a number of days, 0 for ever")
 LOGS_DIR = _setting("LOGS_DIR", Path(__file__).with_name("logs"), lambda s: Path(s).expanduser(), "a folder").absolute()
-LOG_LEVEL = _setting("LOG_LEVEL", "INFO", _one_of("DEBUG", "INFO", "WARNING", "ERROR"), "DEBUG, INFO, WARNING or ERROR")
+LOG_LEVEL = _setting("LOG_LEVEL", "INFO", _one_of(*_LEVELS), "DEBUG, INFO, WARNING or ERROR")
 
 PENDING_DIR = LOGS_DIR / "pending_upload"
 FAILED_DIR = LOGS_DIR / "failed_uploads"
