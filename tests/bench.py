@@ -1,15 +1,15 @@
 """How much the upload of captured packets costs, measured side by side on this machine.
 
     python tests/bench.py              files of 500, 5,000 and 50,000 packets; then 20 ms of latency
-    python tests/bench.py --full       also one file of 1,000,000 packets (2 GB of temporary files)
+    python tests/bench.py --full       also one file of 1,000,000 packets (2 GB of memory)
     python tests/bench.py --idle       instead: the CPU that a waiting sender.py uses, over 60 s
     python tests/bench.py --backlog    instead: 5,000 small files beside 10,000 uploaded ones
     python tests/bench.py --help       the rest
 
 The packets have the sniffer's 33 fields, are generated from a fixed seed and lie in a temporary
-folder. The server is a sink: a process of its own that reads every byte, answers, and then counts
-the packets. After every run its count is compared with what was written, and every file has to be in
-processed/; otherwise the benchmark stops with exit status 1.
+folder (2 GB). The server is a sink: a process of its own that reads every byte, answers, and then
+counts the packets. After every run its count is compared with what was written, and every file has
+to be in processed/; otherwise the benchmark stops with exit status 1.
 
 The contenders take turns, so that whatever else the machine does meets all of them alike. Each is
 measured as a whole process, from its start to its end:
@@ -52,7 +52,8 @@ SENDER = Path(__file__).resolve().parent.parent / "sender.py"
 
 SEED = 20261123
 BATCH = 1000  # packets in one request, sender.py's own default
-ROUND_PACKETS = 300_000  # in one run, so that start-up (0.1 s) does not decide the result
+ROUND_PACKETS = 1_000_000  # in one run, so that start-up (0.1 s) does not decide the result
+SLOW_PACKETS = 100_000  # the same where each batch has to wait
 FILE_SIZES = (500, 5_000, 50_000)
 HEADLINE_SIZE = 5_000  # a few seconds of a busy interface
 HUGE_SIZE = 1_000_000
@@ -699,8 +700,8 @@ def compare_sizes(folder: Path, rounds: int, packets: int, full: bool) -> None:
             with prepared(folder, HUGE_SIZE, HUGE_SIZE) as work:
                 runs = compare(work, sink, 1)
             print_table(f"One file of {HUGE_SIZE:,} packets", runs)
-    with running_sink(LATENCY) as sink, prepared(folder, packets, HEADLINE_SIZE) as work:
-        runs = compare(work, sink, min(rounds, 3))
+    with running_sink(LATENCY) as sink, prepared(folder, min(packets, SLOW_PACKETS), HEADLINE_SIZE) as work:
+        runs = compare(work, sink, rounds)
     print_table(f"Files of {HEADLINE_SIZE:,} packets, {LATENCY * 1000:.0f} ms before each answer", runs)
     print_headline(headline)
 
@@ -832,11 +833,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Measure sender.py against a straightforward uploader and a floor, side by side on this machine."
     )
-    parser.add_argument("--rounds", type=positive, default=5, help="runs of each contender (default 5)")
-    parser.add_argument("--packets", type=positive, default=ROUND_PACKETS, help="packets in one run (default 300,000)")
+    parser.add_argument("--rounds", type=positive, default=3, help="runs of each contender (default 3)")
     parser.add_argument(
-        "--full", action="store_true", help="also one file of 1,000,000 packets: 2 GB of disk and of memory"
+        "--packets", type=positive, default=ROUND_PACKETS, help=f"packets in one run (default {ROUND_PACKETS:,})"
     )
+    parser.add_argument("--full", action="store_true", help="also one file of 1,000,000 packets: 2 GB of memory")
     parser.add_argument("--idle", action="store_true", help="instead: the CPU of a waiting sender.py")
     parser.add_argument("--backlog", action="store_true", help="instead: 5,000 small files beside 10,000 uploaded ones")
     parser.add_argument("--sink", type=float, metavar="LATENCY", help=argparse.SUPPRESS)
