@@ -59,7 +59,7 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -287,6 +287,9 @@ def _duration(seconds: float) -> str:
         if seconds >= (unit if unit == 60 else 2 * unit):
             return _count(int(seconds // unit), noun)
     return _count(max(int(seconds), 0), "second")
+
+
+TRIED_AGAIN = "it stays in its folder and is tried again"
 
 
 def _complain(path: Path, error: Exception, consequence: str) -> None:
@@ -783,12 +786,36 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         return b"".join((b"[", memoryview(text)[: text.rfind(b"}") + 1], b"]"))
 
 
-_ahead: dict[Path, "Future[Capture]"] = {}  # what another thread reads while the file before it is sent
+_ahead: dict[Path, "Future[Capture]"] = {}  # taken files that another thread reads
+
+
+def _read_in_background(path: Path) -> "Future[Capture]":
+    future: Future[Capture] = Future()
+
+    def read() -> None:
+        try:
+            future.set_result(Capture(path))
+        except BaseException as error:  # raised where the capture is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    return future
 
 
 def _capture(path: Path) -> Capture:
     ahead = _ahead.pop(path, None)
     return ahead.result() if ahead else Capture(path)
+
+
+def _forget_ahead(path: Path) -> None:
+    """Close what has been read and was not needed, now or when its reader is done."""
+
+    def close(ahead: "Future[Capture]") -> None:
+        with contextlib.suppress(OSError, ValueError), ahead.result():
+            pass
+
+    if path in _ahead:
+        _ahead.pop(path).add_done_callback(close)
 
 
 def read_json_file(json_path: AnyPath) -> list[dict[str, Any]]:
@@ -1269,7 +1296,7 @@ def _remove_marker(path: Path) -> None:
 def process_json_file(json_path: AnyPath) -> bool:
     """The whole life of one ready file: take it, upload it, move it. True only when it has reached processed/."""
     path = Path(json_path)
-    with _complaining(path, "it stays in its folder and is tried again"):
+    with _complaining(path, TRIED_AGAIN):
         taken = _take(path)
         return taken is not None and bool(_round(path, taken, MAX_RETRIES))
     return False
@@ -1322,7 +1349,7 @@ def _due() -> list[Path]:
         except FileNotFoundError:
             pass  # gone since the scan
         except OSError as error:
-            _complain(path, error, "it stays in its folder and is tried again")
+            _complain(path, error, TRIED_AGAIN)
     return [path for _, path in sorted(due)]
 
 
@@ -1346,6 +1373,23 @@ def _remove_orphans(folder: Path) -> None:
             _remove(folder / name)
 
 
+def _read_ahead(path: Path) -> None:
+    """Take a file, and have it read while the file before it is sent: a quarter less time for both.
+
+    Not one with a record, of which perhaps only the move is left, nor one that is read before a thread has started.
+    """
+    record = _beside(path, STATE)
+    try:
+        taken = _take(path)
+        fresh = record not in _unsaved and not _exists(record)
+        if taken and fresh and os.lstat(taken).st_size >= READ_AHEAD:
+            _ahead[taken] = _read_in_background(taken)
+    except OSError as error:
+        _complain(path, error, TRIED_AGAIN)
+    except RuntimeError:
+        pass  # no thread is to be had: it is read in its turn
+
+
 def _upload_ready() -> bool:
     """Process what is ready, in chronological order: that of the names. True if something has been delivered."""
     names = []
@@ -1354,18 +1398,12 @@ def _upload_ready() -> bool:
     for path in list(_stale_markers):
         _remove_marker(path)
     delivered = False
-    with ThreadPoolExecutor(1) as reader:  # sending and SQLite run side by side: a quarter less time
-        for name, following in itertools.zip_longest(names, names[1:]):
-            if _stopping:
-                break
-            with contextlib.suppress(OSError, RuntimeError):  # told when its turn comes; the latter: no thread is free
-                taken = _take(PENDING_DIR / following) if following else None
-                if taken and os.lstat(taken).st_size >= READ_AHEAD:
-                    _ahead[taken] = reader.submit(Capture, taken)
+    for name, following in itertools.zip_longest(names, names[1:]):
+        if not _stopping:
+            if following:
+                _read_ahead(PENDING_DIR / following)
             delivered |= process_json_file(PENDING_DIR / name)
-        for unused in list(_ahead):
-            with contextlib.suppress(OSError, ValueError), _capture(unused):
-                pass
+        _forget_ahead(PENDING_DIR / (name + TAKEN))
     return delivered
 
 
@@ -1391,7 +1429,7 @@ def retry_failed_uploads() -> None:
             _complain(path, error, "somebody has taken it away")
             continue
         except OSError as error:
-            _complain(path, error, "it stays in its folder and is tried again")
+            _complain(path, error, TRIED_AGAIN)
             continue
         _told.pop(path, None)
         faults = faults + 1 if answer.outcome in (Outcome.FAULT, Outcome.AGAIN) else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ def test_a_stop_closes_what_was_read_ahead_and_the_next_run_delivers_it(
 
     during_the_first_request(server, stop)
     sender.monitor_and_upload()
-    assert unused[0]._file.closed
+    wait_until(lambda: unused[0]._file.closed, "what was read ahead is closed")
     assert not sender._ahead
     assert (spool.pending / "b.json.taken").exists()
     sender.monitor_and_upload(once=True)
@@ -149,12 +150,39 @@ def test_a_kill_with_a_file_read_ahead_loses_and_repeats_nothing_of_it(spool: Sp
 def test_without_another_thread_files_are_read_one_after_the_other(
     spool: Spool, server: MoodyServer, sender: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: object) -> None:
+    def refuse(**arguments: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(sender.ThreadPoolExecutor, "submit", refuse)
+    monkeypatch.setattr(sender, "threading", SimpleNamespace(Thread=refuse))
     spool.drop("a.json", packets_of(0))
     spool.drop("b.json", packets_of(BIG))
     sender.monitor_and_upload(once=True)
     assert server.packets() == as_stored(packets_of(0), packets_of(BIG))
     assert spool.names() == ["processed/a.json", "processed/b.json"]
+
+
+def test_files_that_need_only_their_move_are_not_read_at_each_poll(
+    spool: Spool, server: MoodyServer, sender: Any
+) -> None:
+    """Reading them would cost a core, and a file descriptor for each."""
+    for number, name in enumerate(("a.json", "b.json", "c.json")):
+        spool.drop(name, packets_of(number * BIG))
+    spool.processed.parent.mkdir(parents=True, exist_ok=True)
+    spool.processed.write_text("a file in the folder's place, so that no move succeeds")
+    sender.monitor_and_upload(once=True)
+    captures: list[Path] = []
+
+    class Noted(sender.Capture):  # type: ignore[misc]
+        def __init__(self, path: Path) -> None:
+            captures.append(path)
+            super().__init__(path)
+
+    sender.Capture = Noted
+    for _ in range(3):
+        sender.monitor_and_upload(once=True)
+    assert captures == []
+    spool.processed.unlink()
+    sender.monitor_and_upload(once=True)
+    assert spool.names() == ["processed/a.json", "processed/b.json", "processed/c.json"]
+    assert server.packets() == as_stored(packets_of(0), packets_of(BIG), packets_of(2 * BIG))
+    assert server.repeats == 0
