@@ -64,7 +64,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import requests
 import urllib3
@@ -111,7 +111,7 @@ def _setting(name: str, default: T, convert: Callable[[str], T], allowed: str) -
     try:
         return convert(text) if text else default
     except (ValueError, RuntimeError):  # the latter from a ~ without a home
-        shown = "***" if name == "API_TOKEN" else re.sub(r".*@|\?.*", "***", text)
+        shown = "***" if name == "API_TOKEN" else re.sub(r"(?s).*@|[?#;].*", "***", text)
         _bad_settings.append(f"{name}={_printable(shown)} is not allowed: it must be {allowed}")
         return default
 
@@ -254,8 +254,9 @@ class Link:
 
 
 _link = Link()
-_serving = False
+_serving = 0  # calls of monitor_and_upload() under way
 _stopping = False
+_turn = threading.RLock()  # one file at a time, also where a host calls process_json_file() beside the loop
 _told: dict[Path, str] = {}  # trouble that lasts is told once, not at every poll
 _stale_markers: set[Path] = set()  # files that are taken, but whose markers could not be removed yet
 
@@ -263,7 +264,7 @@ _stale_markers: set[Path] = set()  # files that are taken, but whose markers cou
 def stop_sender() -> None:
     """Ask a running monitor_and_upload() to return: after its current request, within a second of any wait."""
     global _stopping
-    _stopping = _serving  # without a loop there is nothing to stop, and a later process_json_file() is not meant
+    _stopping = _serving > 0  # without a loop there is nothing to stop, and a later process_json_file() is not meant
 
 
 def _nap(seconds: float) -> bool:
@@ -332,11 +333,14 @@ def _reason(error: BaseException) -> str:
 def _secrets(url: str, token: str) -> list[str]:
     """What must not be shown, longest first: the token, the URL's password and query, what goes into Authorization."""
     parts = urlsplit(url)
-    credentials = _session(url, token)[1].headers.get("Authorization", "").partition(" ")[2]
+    credentials = ""
+    with contextlib.suppress(OSError):  # told by whoever sends
+        credentials = _session(url, token)[1].headers.get("Authorization", "").partition(" ")[2]
     secrets = {token, credentials, parts.query, parts.password or "", unquote(parts.password or "")}
     secrets |= {value for _, value in parse_qsl(parts.query) if len(value) > 3}
     with contextlib.suppress(ValueError):  # not Basic, as from .netrc
         secrets.add(base64.b64decode(credentials, validate=True).decode().partition(":")[2])
+    secrets |= {spelled for secret in secrets for spelled in (json.dumps(secret)[1:-1], quote(secret, safe=""))}
     return sorted(filter(None, secrets), key=len, reverse=True)
 
 
@@ -438,9 +442,8 @@ def _free_path(folder: Path, name: str, suffix: str = "", content: Optional[byte
         path = folder / (stem + tail)
         if folder == FAILED_DIR and not suffix and path.name.endswith(REJECTED):
             continue  # a capture by that name would pass for set-aside packets, and never be swept
-        record = _beside(path, STATE)
         if not _exists(path):
-            if folder != FAILED_DIR or not _exists(record) or _is_record(record):
+            if folder != FAILED_DIR or not _exists(_beside(path, STATE)) or _has_record(path):
                 return path
         elif content is not None:
             with contextlib.suppress(OSError), _open_regular(path) as file:
@@ -448,11 +451,14 @@ def _free_path(folder: Path, name: str, suffix: str = "", content: Optional[byte
                     return path
 
 
-def _is_record(path: Path) -> bool:
-    """Whether a file is ours, a record or the reasons beside set-aside packets: a JSON object, which data never is."""
-    with contextlib.suppress(OSError, ValueError, RecursionError), _open_regular(path) as file:
+def _has_record(path: Path) -> bool:
+    """Whether X.json.state is ours: a record, or the reasons beside set-aside packets."""
+    with contextlib.suppress(OSError, *_DAMAGED):
+        Progress.read(path)
+        return True
+    with contextlib.suppress(OSError, *_DAMAGED), _open_regular(_beside(path, STATE)) as file:
         content = json.loads(file.read(LONGEST_RECORD))
-        return isinstance(content, dict) and "rejected" in content
+        return isinstance(content, dict) and content.keys() == {"file", "rejected"}
     return False
 
 
@@ -520,7 +526,7 @@ class Progress:
         return (self.size, self.mtime_ns) == (status.st_size, status.st_mtime_ns)
 
     def to_json(self) -> bytes:
-        return json.dumps(vars(self), ensure_ascii=False).encode(errors="surrogateescape")
+        return json.dumps(vars(self), ensure_ascii=False).encode(errors="surrogatepass")
 
     @classmethod
     def read(cls, path: Path) -> "Progress":
@@ -689,11 +695,15 @@ def _changed(path: Path) -> OSError:
     return OSError(errno.EBUSY, "it changed while it was read", str(path))
 
 
+class NotACapture(ValueError):
+    """The file is not one UTF-8 JSON array of objects: the reason, and the place."""
+
+
 class Capture(contextlib.AbstractContextManager["Capture"]):
     """A capture file, open, from which batches are cut.
 
-    Made only when the whole file is proved to be one UTF-8 JSON array of objects; raises ValueError with the reason
-    and the place otherwise, and OSError. In memory is one mark for each block of packets.
+    Made only when the whole file is proved to be one UTF-8 JSON array of objects; raises NotACapture otherwise, and
+    OSError. In memory is one mark for each block of packets.
     """
 
     def __init__(self, path: Path) -> None:
@@ -727,7 +737,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         data, base = self._skip_white(data, base)
         if not data.startswith(b"["):
             what = "which begins with '['" if data else "but the file is empty"
-            raise ValueError(f"Expecting an array of packets, {what} (byte {base:,})")
+            raise NotACapture(f"Expecting an array of packets, {what} (byte {base:,})")
         data, base = self._skip_white(data[1:], base + 1)
         closed = data.startswith(b"]")
         if closed:
@@ -742,7 +752,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
                 starts, used, closed = leapt or _walk(data, not more, limit)
             except ValueError as error:
                 reason, before, at = error.args
-                raise ValueError(f"{reason} (packet {number + before + 1:,}, byte {base + at:,})") from None
+                raise NotACapture(f"{reason} (packet {number + before + 1:,}, byte {base + at:,})") from None
             if limit == 2 and len(starts) == 2:
                 limit = sys.maxsize
                 separator = _SEPARATOR.match(data, data.rfind(b"}", 0, starts[1]))
@@ -755,7 +765,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             data, base = data[used:], base + used
         data, base = self._skip_white(data, base)
         if data:
-            raise ValueError(f"Extra data after the array (byte {base:,})")
+            raise NotACapture(f"Extra data after the array (byte {base:,})")
         self._numbers.append(number)
         self._offsets.append(base)
 
@@ -811,7 +821,7 @@ def _forget_ahead(path: Path) -> None:
     """Close what has been read and was not needed, now or when its reader is done."""
 
     def close(ahead: "Future[Capture]") -> None:
-        with contextlib.suppress(OSError, ValueError), ahead.result():
+        with contextlib.suppress(OSError, NotACapture), ahead.result():
             pass
 
     if path in _ahead:
@@ -824,7 +834,7 @@ def read_json_file(json_path: AnyPath) -> list[dict[str, Any]]:
         try:
             packets: list[dict[str, Any]] = json.loads(capture.cut(0, len(capture)))
         except RecursionError:  # SQLite's limit for nesting is the higher one
-            raise ValueError("nested too deeply") from None
+            raise NotACapture("nested too deeply") from None
     return packets
 
 
@@ -882,6 +892,8 @@ class _Adapter(requests.adapters.HTTPAdapter):
         if self._pool is None:
             try:
                 self._pool = super().get_connection_with_tls_context(*args, **kwargs)
+            except requests.RequestException:
+                raise
             except (TypeError, ValueError):
                 raise requests.exceptions.InvalidProxyURL("the environment's proxy has a malformed URL") from None
             self._pool.ConnectionCls = type("Connection", (self._pool.ConnectionCls,), {"response_class": _Reply})
@@ -904,7 +916,11 @@ def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedR
     session.headers.clear()  # of requests' own none is needed
     headers = {"Content-Type": "application/json", "User-Agent": f"sender.py/{__version__}"}
     # A callable as auth keeps requests from looking into .netrc and the URL: the token wins.
-    post = session.prepare_request(requests.Request("POST", url, headers=headers, auth=_bearer if token else None))
+    request = requests.Request("POST", url, headers=headers, auth=_bearer if token else None)
+    try:
+        post = session.prepare_request(request)
+    except ValueError:  # not with its text: it may quote a password
+        raise OSError(errno.EINVAL, "the .netrc, or the URL's password, has a character that cannot be sent") from None
     bundle = _environment.get("REQUESTS_CA_BUNDLE") or None  # requests does not know .env
     return session, post, session.merge_environment_settings(url, {}, True, bundle, None)
 
@@ -1008,7 +1024,7 @@ def _network_answer(error: Exception) -> Answer:
         advice = f"{_one_line(what)}; check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE{now}"
         return Answer(Outcome.REFUSED, f"Cannot trust server {server}", advice)
     foreign = not isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError))  # no CA bundle, say
-    if foreign or isinstance(error, requests.exceptions.InvalidURL):
+    if foreign or isinstance(error, ValueError):  # so are requests' InvalidURL and InvalidSchema
         return Answer(Outcome.REFUSED, f"Cannot send to server {server}", _reason(error))
     wrapped = getattr(error.args[0] if error.args else None, "reason", None)
     connecting = isinstance(wrapped, (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.ProxyError))
@@ -1026,7 +1042,7 @@ def _check_count(batch: Batch, text: str) -> None:
         reply = json.loads(text)
         for name in ("packets_received", "raw_packets"):
             count = reply.get(name) if isinstance(reply, dict) else None
-            if isinstance(count, int) and count < batch.packets:
+            if isinstance(count, int) and 0 <= count < batch.packets:
                 logger.warning("%ssent %d packets, but the server's %s is %d", batch.label, batch.packets, name, count)
 
 
@@ -1041,6 +1057,7 @@ def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
 
     `retry_count` is the number of attempts before, for the log. Never raises for what a server or network does.
     """
+    check_settings()
     batch = _batch(packets)
     if not batch.packets:
         return Answer(Outcome.DELIVERED)
@@ -1103,7 +1120,7 @@ def _learn(progress: Progress, sent: int, answer: Answer) -> bool:
     says that a batch was too much, and growing back with every success.
     """
     outcome, end, half = answer.outcome, progress.uploaded + sent, max(1, sent // 2)
-    works_for_others = bool(progress.time) and _link.accepted_at > progress.time
+    works_for_others = "" < progress.time < _link.accepted_at <= _now()  # false where the clock was put back
     if outcome is Outcome.FAULT and progress.uploaded < progress.fault_to and works_for_others:
         outcome = Outcome.REJECTED
     if outcome:
@@ -1204,7 +1221,7 @@ def _round(path: Path, data: Path, attempts: int) -> Answer:
                         _forget(path)  # it lies
                         progress = _load_progress(path, data)
                     answer = _upload(capture, path, progress, attempts)
-            except ValueError as error:
+            except NotACapture as error:
                 progress.unreadable = True
                 answer = Answer(Outcome.UNREADABLE, "Not a capture", _one_line(str(error)))
         if answer:
@@ -1295,8 +1312,9 @@ def _remove_marker(path: Path) -> None:
 
 def process_json_file(json_path: AnyPath) -> bool:
     """The whole life of one ready file: take it, upload it, move it. True only when it has reached processed/."""
+    check_settings()
     path = Path(json_path)
-    with _complaining(path, TRIED_AGAIN):
+    with _turn, _complaining(path, TRIED_AGAIN):
         taken = _take(path)
         return taken is not None and bool(_round(path, taken, MAX_RETRIES))
     return False
@@ -1369,7 +1387,7 @@ def _remove_orphans(folder: Path) -> None:
     found = _scan(folder)
     for name in [name for name in found if name.endswith(STATE)]:
         base = name[: -len(STATE)]
-        if base not in found and base + TAKEN not in found and _is_record(folder / name):
+        if base not in found and base + TAKEN not in found and _has_record(folder / base):
             _remove(folder / name)
 
 
@@ -1378,10 +1396,10 @@ def _read_ahead(path: Path) -> None:
 
     Not one with a record, of which perhaps only the move is left, nor one that is read before a thread has started.
     """
-    record = _beside(path, STATE)
     try:
-        taken = _take(path)
-        fresh = record not in _unsaved and not _exists(record)
+        with _turn:
+            taken = _take(path)
+        fresh = path not in _unsaved and not _exists(_beside(path, STATE))
         if taken and fresh and os.lstat(taken).st_size >= READ_AHEAD:
             _ahead[taken] = _read_in_background(taken)
     except OSError as error:
@@ -1409,6 +1427,7 @@ def _upload_ready() -> bool:
 
 def retry_failed_uploads() -> None:
     """One sweep over failed_uploads/: one attempt a file, new files first. Ends early when it is the server's."""
+    check_settings()
     _unmoved.clear()
     with contextlib.suppress(OSError):  # told by _upload_ready()
         _remove_orphans(PENDING_DIR)
@@ -1424,7 +1443,8 @@ def retry_failed_uploads() -> None:
         if _stopping:
             break
         try:
-            answer = _round(path, path, attempts=1)
+            with _turn:
+                answer = _round(path, path, attempts=1)
         except FileNotFoundError as error:
             _complain(path, error, "somebody has taken it away")
             continue
@@ -1445,8 +1465,9 @@ def _prune_processed() -> None:
     with _complaining(PROCESSED_DIR, "old files stay until that is mended"):
         for name, entry in _scan(PROCESSED_DIR).items() if KEEP_PROCESSED_DAYS else ():
             if name.endswith(".json") and entry.is_file(follow_symlinks=False) and entry.stat().st_mtime < oldest:
-                os.unlink(PROCESSED_DIR / name)
-                pruned += 1
+                with _complaining(PROCESSED_DIR / name, "it stays until that is mended"):
+                    os.unlink(PROCESSED_DIR / name)
+                    pruned += 1
     if pruned:
         logger.info("Deleted %s from processed/: older than %g days", _count(pruned, "file"), KEEP_PROCESSED_DAYS)
 
@@ -1464,7 +1485,7 @@ def _lock(fd: int, shared: bool = False) -> str:
         _lock_file(fd, shared)
     except (BlockingIOError, PermissionError):
         os.lseek(fd, 0, os.SEEK_SET)
-        return os.read(fd, 20).decode(errors="replace") or "unknown"
+        return re.sub(r"\D", "", os.read(fd, 20).decode("ascii", "replace")) or "unknown"
     return ""
 
 
@@ -1478,14 +1499,17 @@ def _only_sender() -> Iterator[Callable[[], bool]]:
     fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o644)
 
     def in_place() -> bool:
-        with contextlib.suppress(OSError):
+        try:
             return os.path.samestat(os.fstat(fd), os.stat(LOCK))
-        return False
+        except FileNotFoundError:
+            return False
+        except OSError:  # out of reach for a moment, which is not gone
+            return True
 
     try:
         end = time.monotonic() + 1  # --status holds the lock for an instant
         while holder := _lock(fd):
-            if time.monotonic() > end:
+            if _stopping or time.monotonic() > end:
                 raise AlreadyRunning(f"Another sender (pid {holder}) serves {_printable(LOGS_DIR)}: stop it first")
             time.sleep(0.1)
         with contextlib.suppress(OSError):  # a full disk has no room for a pid
@@ -1515,15 +1539,25 @@ def monitor_and_upload(once: bool = False) -> None:
     """
     global _serving, _stopping
     check_settings()
-    again = True
-    while again:  # more than once only where LOGS_DIR has been taken away, with the lock in it
-        with _only_sender() as lock_in_place:
+    _serving += 1
+    watched = False
+    try:
+        while True:  # more than once only where LOGS_DIR has been taken away, with the lock in it
             try:
-                _stopping, _serving = False, True
-                _check_folders()
-                again = _serve(once, lock_in_place)
-            finally:
-                _serving = _stopping = False
+                with _only_sender() as lock_in_place:
+                    watched = True
+                    _check_folders()
+                    if not _serve(once, lock_in_place):
+                        break
+            except OSError as error:
+                if not watched:
+                    raise
+                _complain(LOGS_DIR, error, "nothing can be uploaded until that is mended")
+            if not _nap(POLL_INTERVAL):
+                break
+    finally:
+        _serving -= 1
+        _stopping = _stopping and _serving > 0
 
 
 def _serve(once: bool, lock_in_place: Callable[[], bool]) -> bool:
@@ -1631,7 +1665,7 @@ def print_status() -> bool:
             listings.append({})
             problems.append(f"{folder.name} cannot be read ({_one_line(error.strerror or str(error))})")
     pending, failed, processed = listings
-    ready = [name for name in pending if name + READY in pending or name.endswith(".json" + TAKEN)]
+    ready = {name for name in pending if name + READY in pending or name.endswith(".json" + TAKEN)}
     unmarked = [name for name in pending if name.endswith(".json") and name not in ready]
     again = _failed_names(failed)
     aside = [name for name in failed if name.endswith(REJECTED)]
@@ -1640,7 +1674,7 @@ def print_status() -> bool:
     print(f"\n{'':16}{'files':>9}{'size':>12}   oldest")
     done = [name for name in processed if name not in NO_DATA]
     for title, names, found in (
-        ("pending_upload", ready + unmarked, pending),
+        ("pending_upload", [*ready, *unmarked], pending),
         ("failed_uploads", again, failed),
         ("  set aside", aside, failed),
         ("processed", done, processed),
