@@ -340,7 +340,8 @@ def _secrets(url: str, token: str) -> list[str]:
     secrets |= {value for _, value in parse_qsl(parts.query) if len(value) > 3}
     with contextlib.suppress(ValueError):  # not Basic, as from .netrc
         secrets.add(base64.b64decode(credentials, validate=True).decode().partition(":")[2])
-    secrets |= {spelled for secret in secrets for spelled in (json.dumps(secret)[1:-1], quote(secret, safe=""))}
+    for respell in (quote, functools.partial(quote, safe=""), lambda secret: json.dumps(secret)[1:-1]):
+        secrets |= {respell(secret) for secret in secrets}
     return sorted(filter(None, secrets), key=len, reverse=True)
 
 

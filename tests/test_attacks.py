@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from conftest import Spool, console_lines, numbered, packet, wait_until
@@ -240,7 +243,7 @@ def test_a_failure_dated_in_the_future_does_not_keep_its_file_from_its_turn(spoo
 
 @pytest.mark.parametrize("name", ["foreign.state", "foreign.json.state"])
 def test_only_our_own_records_are_ever_cleared_away(spool: Spool, name: str) -> None:
-    contents = [b"{}", b'{"uploaded": 3, "packets": 5}', b'{"reject": []}']
+    contents = [b"{}", b'{"uploaded": 3, "packets": 5}', b'{"captured": 9, "rejected": 1}', b'["file", "rejected"]']
     sender = spool.load(SERVER_URL="http://127.0.0.1:9/ingest", MAX_RETRIES=1)
     for folder in (spool.pending, spool.failed):
         for number, content in enumerate(contents):
@@ -263,6 +266,221 @@ def test_a_failed_file_does_not_write_its_record_over_a_file_that_is_not_ours(sp
     assert (spool.failed / "a.json.state").read_bytes() == content
     assert json.loads((spool.failed / "a.1.json").read_bytes()) == numbered(3)
     assert json.loads((spool.failed / "a.1.json.state").read_bytes())["attempts"] == 1
+
+
+# ---------------------------------------------------------------- what a host and its surroundings do
+
+
+def test_a_stop_right_after_the_start_is_heard(spool: Spool) -> None:
+    for _ in range(5):
+        sender = spool.load(SERVER_URL="http://127.0.0.1:9/ingest")
+        thread = threading.Thread(target=sender.monitor_and_upload, daemon=True)
+        thread.start()
+        wait_until(lambda: sender._serving, "it has begun")  # noqa: B023
+        sender.stop_sender()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert sender._stopping is False
+
+
+@pytest.mark.parametrize("setting", [{"SERVER_URL": "htp://127.0.0.1/ingest"}, {"API_TOKEN": "ä"}, {"MAX_RETRIES": 0}])
+def test_with_a_bad_setting_no_function_touches_a_file_or_sends_one(spool: Spool, setting: dict[str, object]) -> None:
+    with ScriptedServer() as server:
+        sender = spool.load(**{"SERVER_URL": server.url, **setting})
+        spool.drop("a.json", numbered(3))
+        before = spool.tree()
+        for call in (
+            lambda: sender.process_json_file(spool.pending / "a.json"),
+            sender.retry_failed_uploads,
+            lambda: sender.upload_packets(numbered(1)),
+            lambda: sender.upload_with_retry(numbered(1)),
+            sender.monitor_and_upload,
+        ):
+            with pytest.raises(ValueError, match=next(iter(setting))):
+                call()
+    assert spool.tree() == before
+    assert not server.requests
+
+
+def test_a_host_may_upload_files_and_sweep_beside_the_loop(
+    spool: Spool, tmp_path: Path, said: Callable[..., list[str]]
+) -> None:
+    refused = [packet(n) for n in range(100, 104)]
+    with ScriptedServer(lambda request: reply(422) if 102 in request.numbers else None) as server:
+        sender = spool.load(SERVER_URL=server.url, POLL_INTERVAL=0.01, BATCH_SIZE=2)
+        loop = threading.Thread(target=sender.monitor_and_upload, daemon=True)
+        loop.start()
+        wait_until(lambda: sender._serving, "it has begun")
+        for number in range(40):
+            name = f"{number}.json"
+            spool.drop(name, [packet(1000 * number + n) for n in range(5)] if number % 4 else refused)
+            sender.process_json_file(spool.pending / name)
+            sender.retry_failed_uploads()
+        wait_until(lambda: not any(spool.pending.iterdir()), "all are delivered")
+        sender.stop_sender()
+        loop.join(30)
+    good = {1000 * number + n for number in range(40) if number % 4 for n in range(5)}
+    assert set(server.stored) == good | {100, 101, 103}
+    assert set(server.stored.values()) == {1}
+    assert {path.read_bytes() for path in spool.failed.glob("*.rejected.json")} == {
+        b"[" + json.dumps(refused[2]).encode() + b"]\n"
+    }
+    assert not [line for line in said(logging.ERROR) if "rejects 1 packet" not in line]
+
+
+def test_logs_out_of_reach_for_a_moment_are_told_once_and_served_again(
+    spool: Spool, said: Callable[..., list[str]]
+) -> None:
+    away = spool.folder / "away"
+    with ScriptedServer() as server:
+        sender = spool.load(SERVER_URL=server.url, POLL_INTERVAL=0.01)
+        loop = threading.Thread(target=sender.monitor_and_upload, daemon=True)
+        loop.start()
+        wait_until(spool.processed.exists, "it runs")
+        spool.logs.rename(away)
+        spool.logs.write_text("a file in the folder's place")
+        wait_until(lambda: any("nothing can be uploaded" in line for line in said(logging.ERROR)), "it is told")
+        spool.logs.unlink()
+        away.rename(spool.logs)
+        spool.drop("a.json", numbered(3))
+        wait_until((spool.processed / "a.json").exists, "it goes on")
+        sender.stop_sender()
+        loop.join(30)
+    lines = said(logging.ERROR)
+    assert len(lines) == len(set(lines))
+    assert set(server.stored.values()) == {1}
+
+
+def test_a_lock_that_cannot_be_looked_at_is_not_taken_for_gone(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]]
+) -> None:
+    stat, refused = os.stat, []
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith(".sender.lock"):
+            refused.append(path)
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    sender = spool.load(SERVER_URL="http://127.0.0.1:9/ingest", POLL_INTERVAL=0.01)
+    monkeypatch.setattr(os, "stat", refuse)
+    loop = threading.Thread(target=sender.monitor_and_upload, daemon=True)
+    loop.start()
+    wait_until(lambda: len(refused) > 5, "it runs")
+    sender.stop_sender()
+    loop.join(30)
+    assert [line.split(" ")[0] for line in said()] == ["Watching", "Stopped;"]
+
+
+@pytest.mark.parametrize(
+    "netrc",
+    ["machine 127.0.0.1 login u password p€ss".encode(), b"machine elsewhere login \xfc password x"],
+    ids=["a password that cannot be sent", "not UTF-8"],
+)
+def test_a_netrc_with_an_odd_byte_is_told_and_ends_nothing(spool: Spool, netrc: bytes) -> None:
+    (spool.folder / "netrc").write_bytes(netrc)
+    spool.drop("a.json", numbered(3))
+    with ScriptedServer() as server:
+        settings = {"SERVER_URL": server.url, "NETRC": spool.folder / "netrc", "PYTHONUTF8": 1}
+        first = spool.run("--once", **settings)
+        (spool.folder / "netrc").write_text("machine 127.0.0.1 login u password p")
+        second = spool.run("--once", **settings)
+    assert (first.returncode, second.returncode) == (1, 0)
+    assert any(".netrc" in line and "moved to failed_uploads" in line for line in console_lines(first.stderr))
+    assert server.stored == Counter([0, 1, 2])
+
+
+def test_a_proxy_that_needs_another_package_is_told_as_that(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]]
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:9")
+    sender = spool.load(SERVER_URL="http://127.0.0.2:9/ingest")
+    answer = sender.upload_with_retry(numbered(1))
+    assert answer.outcome is sender.Outcome.REFUSED
+    assert "SOCKS" in answer.reason
+
+
+def test_a_secret_is_hidden_in_every_spelling(spool: Spool, said: Callable[..., list[str]]) -> None:
+    token = 'to"k\\en/+='
+    echo = "; ".join([token, json.dumps(token), quote(token), quote(token, safe="")])
+    with ScriptedServer(lambda request: reply(401, echo)) as server:
+        sender = spool.load(SERVER_URL=server.url, API_TOKEN=token)
+        sender.upload_packets(numbered(1))
+    (line,) = said()
+    assert not re.search("to.{0,4}k", line.partition("check API_TOKEN")[2]), line
+
+
+def test_a_bad_url_is_shown_without_what_may_be_secret(spool: Spool) -> None:
+    for url in ("http://u:SEC\nRET@h:99999/", "ftp://u:SECRET\n@h/", "ftp://h/#SECRET", "ftp://h/;k=SECRET"):
+        sender = spool.load(SERVER_URL=url)
+        with pytest.raises(ValueError, match=r"SERVER_URL=\S+ is not allowed") as raised:
+            sender.check_settings()
+        assert "SEC" not in str(raised.value)
+        assert "RET" not in str(raised.value)
+
+
+# ---------------------------------------------------------------- records and clocks
+
+
+def test_a_record_with_half_a_surrogate_pair_ends_nothing(spool: Spool) -> None:
+    with ScriptedServer(lambda request: reply(503)) as server:
+        put(spool.failed, "a.json", [packet(n) for n in range(3)])
+        load(spool, server)[0].retry_failed_uploads()
+        record = json.loads((spool.failed / "a.json.state").read_bytes())
+        odd = {**record, "uploaded": 1, "rejected": [[0, "bad \ud83d"]], "last_error": "\udcff"}
+        put(spool.failed, "a.json.state", json.dumps(odd).encode())
+        for _ in range(2):
+            load(spool, server)[0].retry_failed_uploads()
+        server.script = lambda request: None
+        load(spool, server)[0].retry_failed_uploads()
+    assert server.stored == Counter([1, 2])
+    assert json.loads((spool.failed / "a.rejected.json").read_bytes()) == [packet(0)]
+
+
+def test_a_clock_that_is_put_back_turns_no_outage_into_rejected_packets(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def script(request: Request) -> Answer:
+        return reply(500) if broken else None
+
+    with ScriptedServer(script) as server:
+        sender, _ = load(spool, server)
+        broken = False
+        now = sender._now
+        monkeypatch.setattr(sender, "_now", lambda: "2999" + now()[4:])
+        spool.drop("a.json", [packet(1)])
+        assert sender.process_json_file(spool.pending / "a.json")
+        monkeypatch.setattr(sender, "_now", now)
+        broken = True
+        spool.drop("b.json", [packet(2)])
+        assert not sender.process_json_file(spool.pending / "b.json")
+        for _ in range(3):
+            sender.retry_failed_uploads()
+        broken = False
+        sender.retry_failed_uploads()
+    assert spool.names() == ["processed/a.json", "processed/b.json"]
+    assert server.stored == Counter([1, 2])
+
+
+def test_one_old_file_that_cannot_be_deleted_keeps_no_other(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]]
+) -> None:
+    unlink = os.unlink
+
+    def refuse(path: Any, *arguments: Any) -> None:
+        if Path(path).name == "b.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, *arguments)
+
+    for name in ("a.json", "b.json", "c.json"):
+        put(spool.processed, name, [packet(0)])
+        os.utime(spool.processed / name, (1, 1))
+    sender = spool.load(SERVER_URL="http://127.0.0.1:9/ingest", KEEP_PROCESSED_DAYS=1)
+    monkeypatch.setattr(sender.os, "unlink", refuse)
+    for _ in range(2):
+        sender._prune_processed()
+    assert spool.names() == ["processed/b.json"]
+    assert len(said(logging.ERROR)) == 1
 
 
 # ---------------------------------------------------------------- folders that cannot be used
