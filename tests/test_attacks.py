@@ -328,29 +328,6 @@ def test_a_host_may_upload_files_and_sweep_beside_the_loop(
     assert not [line for line in said(logging.ERROR) if "rejects 1 packet" not in line]
 
 
-def test_logs_out_of_reach_for_a_moment_are_told_once_and_served_again(
-    spool: Spool, said: Callable[..., list[str]]
-) -> None:
-    away = spool.folder / "away"
-    with ScriptedServer() as server:
-        sender = spool.load(SERVER_URL=server.url, POLL_INTERVAL=0.01)
-        loop = threading.Thread(target=sender.monitor_and_upload, daemon=True)
-        loop.start()
-        wait_until(spool.processed.exists, "it runs")
-        spool.logs.rename(away)
-        spool.logs.write_text("a file in the folder's place")
-        wait_until(lambda: any("nothing can be uploaded" in line for line in said(logging.ERROR)), "it is told")
-        spool.logs.unlink()
-        away.rename(spool.logs)
-        spool.drop("a.json", numbered(3))
-        wait_until((spool.processed / "a.json").exists, "it goes on")
-        sender.stop_sender()
-        loop.join(30)
-    lines = said(logging.ERROR)
-    assert len(lines) == len(set(lines))
-    assert set(server.stored.values()) == {1}
-
-
 def test_a_lock_that_cannot_be_looked_at_is_not_taken_for_gone(
     spool: Spool, monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]]
 ) -> None:
@@ -528,6 +505,32 @@ if sys.platform != "win32":
             assert spool.load(SERVER_URL=server.url, BATCH_SIZE=2).process_json_file(spool.pending / "a.json")
         assert precious.read_text() == "mine"
         assert spool.names() == ["processed/a.json"]
+
+    @pytest.mark.parametrize("instead", ["a file", "a link to nowhere"])
+    def test_logs_out_of_reach_for_a_moment_are_told_once_and_served_again(
+        spool: Spool, said: Callable[..., list[str]], instead: str
+    ) -> None:
+        away = spool.folder / "away"
+        with ScriptedServer() as server:
+            sender = spool.load(SERVER_URL=server.url, POLL_INTERVAL=0.01)
+            loop = threading.Thread(target=sender.monitor_and_upload, daemon=True)
+            loop.start()
+            wait_until(spool.processed.exists, "it runs")
+            spool.logs.rename(away)
+            if instead == "a file":
+                spool.logs.write_text("")
+            else:  # the lock is gone, and cannot be taken again
+                spool.logs.symlink_to(spool.folder / "nowhere")
+            wait_until(lambda: any("nothing can be uploaded" in line for line in said(logging.ERROR)), "it is told")
+            spool.logs.unlink()
+            away.rename(spool.logs)
+            spool.drop("a.json", numbered(3))
+            wait_until((spool.processed / "a.json").exists, "it goes on")
+            sender.stop_sender()
+            loop.join(30)
+        lines = said(logging.ERROR)
+        assert len(lines) == len(set(lines))
+        assert set(server.stored.values()) == {1}
 
     @pytest.mark.timeout(30)
     @pytest.mark.parametrize("suffix", ["y" * 247, "é" * 123 + "y"], ids=["ascii", "two bytes"])
