@@ -82,7 +82,7 @@ logger = logging.getLogger("sender")
 
 T = TypeVar("T")
 AnyPath = Union[str, "os.PathLike[str]"]
-_bad_settings: list[str] = []  # raised by check_settings(): importing this module never fails
+_bad_settings: list[str] = []  # one line each: name, value, what is allowed. Importing this module never fails
 
 
 def _read_environment() -> dict[str, Optional[str]]:
@@ -186,12 +186,6 @@ LONGEST_RECORD = 64 * 1024 * 1024  # bytes; some 200 for each rejected packet
 REPLY_LIMIT = 8 * 1024  # bytes of a reply that are read
 EARLY_SWEEPS = 5  # ahead of their time, until a new file fails: one that brings the server down must not do so often
 RETRY_AFTER_LIMIT = 60  # seconds of a Retry-After that are honoured
-
-
-def check_settings() -> None:
-    """Raise ValueError with one line for each bad setting: its name, its value, what is allowed."""
-    if _bad_settings:
-        raise ValueError("\n".join(_bad_settings))
 
 
 # ---------------------------------------------------------------- what an upload can come to
@@ -1476,7 +1470,8 @@ def monitor_and_upload(once: bool = False) -> None:
     Raises ValueError for a bad setting, AlreadyRunning, and OSError where LOGS_DIR cannot be used.
     """
     global _serving, _stopping
-    check_settings()
+    if _bad_settings:
+        raise ValueError("\n".join(_bad_settings))
     again = True
     while again:  # more than once only where LOGS_DIR has been taken away, with the lock in it
         with _only_sender() as lock_in_place:
