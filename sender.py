@@ -69,6 +69,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import requests
 import urllib3
 from dotenv.parser import parse_stream
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
 try:
     import sqlite3
@@ -855,11 +856,6 @@ class _Adapter(requests.adapters.HTTPAdapter):
         return self._pool
 
 
-def _bearer(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    request.headers["Authorization"] = f"Bearer {API_TOKEN}"
-    return request
-
-
 @functools.lru_cache(maxsize=1)
 def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedRequest, Any]:
     """The one session, a prepared POST, and the arguments to send it with.
@@ -870,8 +866,11 @@ def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedR
     session.mount(url, _Adapter())
     session.headers.clear()  # of requests' own none is needed
     headers = {"Content-Type": "application/json", "User-Agent": f"sender.py/{__version__}"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     # A callable as auth keeps requests from looking into .netrc and the URL: the token wins.
-    post = session.prepare_request(requests.Request("POST", url, headers=headers, auth=_bearer if token else None))
+    auth = (lambda request: request) if token else None
+    post = session.prepare_request(requests.Request("POST", url, headers=headers, auth=auth))
     bundle = _environment.get("REQUESTS_CA_BUNDLE") or None  # requests does not know .env
     return session, post, session.merge_environment_settings(url, {}, True, bundle, None)
 
@@ -908,7 +907,7 @@ def _post(batch: Batch, compress: bool) -> tuple[int, Any, str]:
             text = b""
             while more := response.raw.read(REPLY_LIMIT - len(text), decode_content=False):
                 text += more
-        except (OSError, urllib3.exceptions.HTTPError):
+        except (OSError, HTTPError):
             if 200 <= response.status_code < 300:  # success counts only when it has arrived whole
                 raise
             text = b""
@@ -950,7 +949,7 @@ def _ask(batch: Batch, compress: bool) -> Answer:
     """POST a batch and put what came of it into words."""
     try:
         status, headers, text = _post(batch, compress)
-    except (OSError, urllib3.exceptions.HTTPError) as error:  # requests' exceptions are OSErrors
+    except (OSError, HTTPError) as error:  # requests' exceptions are OSErrors
         return _network_answer(error)
     outcome, detail = _classify(status, compress), _one_line(text)
     if outcome:
@@ -974,12 +973,11 @@ def _network_answer(error: Exception) -> Answer:
         now = f" (now {bundle})" if isinstance(bundle, str) else ""
         advice = f"{_one_line(what)}; check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE{now}"
         return Answer(Outcome.REFUSED, f"Cannot trust server {server}", advice)
-    foreign = not isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError))  # no CA bundle, say
+    foreign = not isinstance(error, (requests.RequestException, HTTPError))  # no CA bundle, say
     if foreign or isinstance(error, requests.exceptions.InvalidURL):
         return Answer(Outcome.REFUSED, f"Cannot send to server {server}", _reason(error))
     wrapped = getattr(error.args[0] if error.args else None, "reason", None)
-    connecting = isinstance(wrapped, (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.ProxyError))
-    if connecting or isinstance(wrapped, urllib3.exceptions.NewConnectionError):
+    if isinstance(wrapped, (ConnectTimeoutError, NewConnectionError, ProxyError)):
         through = " through the proxy" if isinstance(error, requests.exceptions.ProxyError) else ""
         return Answer(Outcome.UNREACHABLE, f"Cannot connect to server {server}{through}", _reason(error))
     if isinstance(cause, (socket.timeout, urllib3.exceptions.TimeoutError)):
@@ -1520,7 +1518,7 @@ def _server_trouble() -> str:
             request.method = "GET"
             _send(request, timeout=2).raw.close()
             trouble[0] = ""
-        except (OSError, urllib3.exceptions.HTTPError) as error:
+        except (OSError, HTTPError) as error:
             trouble[0] = _reason(error)
 
     asking = threading.Thread(target=ask, daemon=True)  # because no time-out bounds a name look-up
