@@ -415,28 +415,28 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _free_path(folder: Path, name: str, suffix: str = "", content: Optional[bytes] = None) -> Path:
-    """Where `name` can go in `folder` without overwriting: X.json, X.1.json, … (X.rejected.json with that suffix).
+def _free_path(folder: Path, name: str, rejected: bytes = b"") -> Path:
+    """Where `name` can go in `folder` without overwriting: X.json, X.1.json, … (X.rejected.json for `rejected` ones).
 
-    A file that holds just `content` counts as free: a crash came between its writing and the note of it.
+    A file that holds just those counts as free: a crash came between its writing and the note of it.
     """
-    stem, own_suffix = os.path.splitext(name)
+    stem, suffix = os.path.splitext(name)
     number = -1
     while True:
         number += 1
-        tail = (f".{number}" if number else "") + (suffix or own_suffix)
-        while stem and tail != own_suffix and len(os.fsencode(stem + tail)) > LONGEST_NAME:
+        tail = (f".{number}" if number else "") + (REJECTED if rejected else suffix)
+        while stem and tail != suffix and len(os.fsencode(stem + tail)) > LONGEST_NAME:
             stem = stem[:-1]
         path = folder / (stem + tail)
-        if folder == FAILED_DIR and not suffix and path.name.endswith(REJECTED):
+        if folder == FAILED_DIR and not rejected and path.name.endswith(REJECTED):
             continue  # a capture by that name would pass for set-aside packets, and never be swept
         record = _beside(path, STATE)
         if not _exists(path):
             if folder != FAILED_DIR or not _exists(record) or _is_record(record):
                 return path
-        elif content is not None:
+        elif rejected:
             with contextlib.suppress(OSError), _open_regular(path) as file:
-                if file.read() == content:
+                if file.read() == rejected:
                     return path
 
 
@@ -1142,7 +1142,7 @@ def _set_aside(capture: Capture, path: Path, progress: Progress) -> None:
     """Keep the packets that the server refused one by one in X.rejected.json, with its reasons beside them."""
     content = b"[" + b",\n".join(capture.cut(index, index + 1)[1:-1] for index, _ in progress.rejected) + b"]\n"
     reasons = [{"packet": index + 1, "reason": reason} for index, reason in progress.rejected]
-    target = _free_path(FAILED_DIR, path.name, REJECTED, content)
+    target = _free_path(FAILED_DIR, path.name, content)
     _write(target, content)
     _write(_beside(target, STATE), json.dumps({"file": path.name, "rejected": reasons}, indent=1).encode())
     progress.set_aside = len(progress.rejected)
