@@ -1277,18 +1277,18 @@ def _scan(folder: Path) -> dict[str, os.DirEntry[str]]:
         return {entry.name: entry for entry in entries}
 
 
-def _is_regular(folder: Path, entry: os.DirEntry[str]) -> bool:
-    if not entry.is_file(follow_symlinks=False):
-        _complain(folder / entry.name, NotRegular(folder / entry.name), "it is left alone")
-        return False
-    return True
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+    if entry.is_file(follow_symlinks=False):
+        return True
+    _complain(Path(entry), NotRegular(Path(entry)), "it is left alone")
+    return False
 
 
 def _ready_names(found: dict[str, os.DirEntry[str]]) -> list[str]:
     """The names X.json in pending_upload/ to process: those with a marker, and those taken before a crash."""
     taken = {name[: -len(TAKEN)] for name in found if name.endswith(".json" + TAKEN)}
     marked = {name for name in found if name.endswith(".json") and name + READY in found} - taken
-    return sorted(taken | {name for name in marked if _is_regular(PENDING_DIR, found[name])})
+    return sorted(taken | {name for name in marked if _is_regular(found[name])})
 
 
 def _failed_names(found: dict[str, Any]) -> list[str]:
@@ -1307,7 +1307,7 @@ def _due() -> list[Path]:
     found, due = _scan(FAILED_DIR), []
     for path in [FAILED_DIR / name for name in _failed_names(found)]:
         try:
-            if _is_regular(FAILED_DIR, found[path.name]):
+            if _is_regular(found[path.name]):
                 progress = _load_progress(path, path)
                 if not progress.unreadable:
                     due.append((progress.time, path))
@@ -1379,11 +1379,11 @@ def retry_failed_uploads() -> None:
             break
         try:
             answer = _round(path, path, attempts=1)
-        except FileNotFoundError as error:
-            _complain(path, error, "somebody has taken it away")
-            continue
         except OSError as error:
-            _complain(path, error, "it stays in its folder and is tried again")
+            gone = isinstance(error, FileNotFoundError)
+            _complain(
+                path, error, "somebody has taken it away" if gone else "it stays in its folder and is tried again"
+            )
             continue
         _told.pop(path, None)
         faults = faults + 1 if answer.outcome in (Outcome.FAULT, Outcome.AGAIN) else 0
@@ -1537,11 +1537,10 @@ def _running_pid() -> str:
 def _listing(folder: Path) -> dict[str, os.stat_result]:
     """The regular files of a folder, none where it does not exist; nothing is made or changed. Raises OSError."""
     found = {}
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # gone since the scan
-                if entry.is_file(follow_symlinks=False):
-                    found[entry.name] = entry.stat(follow_symlinks=False)
+    for name, entry in _scan(folder).items() if _exists(folder) else ():
+        with contextlib.suppress(FileNotFoundError):  # gone since the scan
+            if entry.is_file(follow_symlinks=False):
+                found[name] = entry.stat(follow_symlinks=False)
     return found
 
 
