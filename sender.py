@@ -1628,13 +1628,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description="Upload the sniffer's captures until Ctrl-C.", epilog="Settings are explained in .env.example."
     )
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--once", action="store_true", help="upload what is there, then exit: 0 if nothing is left, else 1"
-    )
-    mode.add_argument(
-        "--status", action="store_true", help="tell how things stand, then exit: 0 if all is well, else 1"
-    )
+    flag = functools.partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
+    flag("--once", help="upload what is there, then exit: 0 if nothing is left, else 1")
+    flag("--status", help="tell how things stand, then exit: 0 if all is well, else 1")
     parser.add_argument("--version", action="version", version=f"sender.py {__version__}")
     options = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
