@@ -69,6 +69,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 import requests
 import urllib3
 from dotenv.parser import parse_stream
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
 try:
     import sqlite3
@@ -82,7 +83,7 @@ logger = logging.getLogger("sender")
 
 T = TypeVar("T")
 AnyPath = Union[str, "os.PathLike[str]"]
-_bad_settings: list[str] = []  # raised by check_settings(): importing this module never fails
+_bad_settings: list[str] = []  # one line each: name, value, what is allowed. Importing this module never fails
 
 
 def _read_environment() -> dict[str, Optional[str]]:
@@ -428,27 +429,27 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _free_path(folder: Path, name: str, suffix: str = "", content: Optional[bytes] = None) -> Path:
-    """Where `name` can go in `folder` without overwriting: X.json, X.1.json, … (X.rejected.json with that suffix).
+def _free_path(folder: Path, name: str, rejected: bytes = b"") -> Path:
+    """Where `name` can go in `folder` without overwriting: X.json, X.1.json, … (X.rejected.json for `rejected` ones).
 
-    A file that holds just `content` counts as free: a crash came between its writing and the note of it.
+    A file that holds just those counts as free: a crash came between its writing and the note of it.
     """
-    stem, own_suffix = os.path.splitext(name)
+    stem, suffix = os.path.splitext(name)
     number = -1
     while True:
         number += 1
-        tail = (f".{number}" if number else "") + (suffix or own_suffix)
-        while stem and tail != own_suffix and len(os.fsencode(stem + tail)) > LONGEST_NAME:
+        tail = (f".{number}" if number else "") + (REJECTED if rejected else suffix)
+        while stem and tail != suffix and len(os.fsencode(stem + tail)) > LONGEST_NAME:
             stem = stem[:-1]
         path = folder / (stem + tail)
-        if folder == FAILED_DIR and not suffix and path.name.endswith(REJECTED):
+        if folder == FAILED_DIR and not rejected and path.name.endswith(REJECTED):
             continue  # a capture by that name would pass for set-aside packets, and never be swept
         if not _exists(path):
             if folder != FAILED_DIR or not _exists(_beside(path, STATE)) or _has_record(path):
                 return path
-        elif content is not None:
+        elif rejected:
             with contextlib.suppress(OSError), _open_regular(path) as file:
-                if file.read() == content:
+                if file.read() == rejected:
                     return path
 
 
@@ -901,11 +902,6 @@ class _Adapter(requests.adapters.HTTPAdapter):
         return self._pool
 
 
-def _bearer(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    request.headers["Authorization"] = f"Bearer {API_TOKEN}"
-    return request
-
-
 @functools.lru_cache(maxsize=1)
 def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedRequest, Any]:
     """The one session, a prepared POST, and the arguments to send it with.
@@ -916,10 +912,12 @@ def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedR
     session.mount(url, _Adapter())
     session.headers.clear()  # of requests' own none is needed
     headers = {"Content-Type": "application/json", "User-Agent": f"sender.py/{__version__}"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     # A callable as auth keeps requests from looking into .netrc and the URL: the token wins.
-    request = requests.Request("POST", url, headers=headers, auth=_bearer if token else None)
+    auth = (lambda request: request) if token else None
     try:
-        post = session.prepare_request(request)
+        post = session.prepare_request(requests.Request("POST", url, headers=headers, auth=auth))
     except ValueError:  # not with its text: it may quote a password
         raise OSError(errno.EINVAL, "the .netrc, or the URL's password, has a character that cannot be sent") from None
     bundle = _environment.get("REQUESTS_CA_BUNDLE") or None  # requests does not know .env
@@ -958,7 +956,7 @@ def _post(batch: Batch, compress: bool) -> tuple[int, Any, str]:
             text = b""
             while more := response.raw.read(REPLY_LIMIT - len(text), decode_content=False):
                 text += more
-        except (OSError, urllib3.exceptions.HTTPError):
+        except (OSError, HTTPError):
             if 200 <= response.status_code < 300:  # success counts only when it has arrived whole
                 raise
             text = b""
@@ -1000,7 +998,7 @@ def _ask(batch: Batch, compress: bool) -> Answer:
     """POST a batch and put what came of it into words."""
     try:
         status, headers, text = _post(batch, compress)
-    except (OSError, urllib3.exceptions.HTTPError) as error:  # requests' exceptions are OSErrors
+    except (OSError, HTTPError) as error:  # requests' exceptions are OSErrors
         return _network_answer(error)
     outcome, detail = _classify(status, compress), _one_line(text)
     if outcome:
@@ -1024,12 +1022,11 @@ def _network_answer(error: Exception) -> Answer:
         now = f" (now {bundle})" if isinstance(bundle, str) else ""
         advice = f"{_one_line(what)}; check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE{now}"
         return Answer(Outcome.REFUSED, f"Cannot trust server {server}", advice)
-    foreign = not isinstance(error, (requests.RequestException, urllib3.exceptions.HTTPError))  # no CA bundle, say
+    foreign = not isinstance(error, (requests.RequestException, HTTPError))  # no CA bundle, say
     if foreign or isinstance(error, ValueError):  # so are requests' InvalidURL and InvalidSchema
         return Answer(Outcome.REFUSED, f"Cannot send to server {server}", _reason(error))
     wrapped = getattr(error.args[0] if error.args else None, "reason", None)
-    connecting = isinstance(wrapped, (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.ProxyError))
-    if connecting or isinstance(wrapped, urllib3.exceptions.NewConnectionError):
+    if isinstance(wrapped, (ConnectTimeoutError, NewConnectionError, ProxyError)):
         through = " through the proxy" if isinstance(error, requests.exceptions.ProxyError) else ""
         return Answer(Outcome.UNREACHABLE, f"Cannot connect to server {server}{through}", _reason(error))
     if isinstance(cause, (socket.timeout, urllib3.exceptions.TimeoutError)):
@@ -1195,7 +1192,7 @@ def _set_aside(capture: Capture, path: Path, progress: Progress) -> None:
     """Keep the packets that the server refused one by one in X.rejected.json, with its reasons beside them."""
     content = b"[" + b",\n".join(capture.cut(index, index + 1)[1:-1] for index, _ in progress.rejected) + b"]\n"
     reasons = [{"packet": index + 1, "reason": reason} for index, reason in progress.rejected]
-    target = _free_path(FAILED_DIR, path.name, REJECTED, content)
+    target = _free_path(FAILED_DIR, path.name, content)
     _write(target, content)
     _write(_beside(target, STATE), json.dumps({"file": path.name, "rejected": reasons}, indent=1).encode())
     progress.set_aside = len(progress.rejected)
@@ -1331,18 +1328,18 @@ def _scan(folder: Path) -> dict[str, os.DirEntry[str]]:
         return {entry.name: entry for entry in entries}
 
 
-def _is_regular(folder: Path, entry: os.DirEntry[str]) -> bool:
-    if not entry.is_file(follow_symlinks=False):
-        _complain(folder / entry.name, NotRegular(folder / entry.name), "it is left alone")
-        return False
-    return True
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+    if entry.is_file(follow_symlinks=False):
+        return True
+    _complain(Path(entry), NotRegular(Path(entry)), "it is left alone")
+    return False
 
 
 def _ready_names(found: dict[str, os.DirEntry[str]]) -> list[str]:
     """The names X.json in pending_upload/ to process: those with a marker, and those taken before a crash."""
     taken = {name[: -len(TAKEN)] for name in found if name.endswith(".json" + TAKEN)}
     marked = {name for name in found if name.endswith(".json") and name + READY in found} - taken
-    return sorted(taken | {name for name in marked if _is_regular(PENDING_DIR, found[name])})
+    return sorted(taken | {name for name in marked if _is_regular(found[name])})
 
 
 def _failed_names(found: dict[str, Any]) -> list[str]:
@@ -1361,7 +1358,7 @@ def _due() -> list[Path]:
     found, due = _scan(FAILED_DIR), []
     for path in [FAILED_DIR / name for name in _failed_names(found)]:
         try:
-            if _is_regular(FAILED_DIR, found[path.name]):
+            if _is_regular(found[path.name]):
                 progress = _load_progress(path, path)
                 if not progress.unreadable:
                     due.append((progress.time, path))
@@ -1446,11 +1443,9 @@ def retry_failed_uploads() -> None:
         try:
             with _turn:
                 answer = _round(path, path, attempts=1)
-        except FileNotFoundError as error:
-            _complain(path, error, "somebody has taken it away")
-            continue
         except OSError as error:
-            _complain(path, error, TRIED_AGAIN)
+            gone = isinstance(error, FileNotFoundError)
+            _complain(path, error, "somebody has taken it away" if gone else TRIED_AGAIN)
             continue
         _told.pop(path, None)
         faults = faults + 1 if answer.outcome in (Outcome.FAULT, Outcome.AGAIN) else 0
@@ -1598,7 +1593,7 @@ def _server_trouble() -> str:
             request.method = "GET"
             _send(request, timeout=2).raw.close()
             trouble[0] = ""
-        except (OSError, urllib3.exceptions.HTTPError) as error:
+        except (OSError, HTTPError) as error:
             trouble[0] = _reason(error)
 
     asking = threading.Thread(target=ask, daemon=True)  # because no time-out bounds a name look-up
@@ -1617,11 +1612,10 @@ def _running_pid() -> str:
 def _listing(folder: Path) -> dict[str, os.stat_result]:
     """The regular files of a folder, none where it does not exist; nothing is made or changed. Raises OSError."""
     found = {}
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # gone since the scan
-                if entry.is_file(follow_symlinks=False):
-                    found[entry.name] = entry.stat(follow_symlinks=False)
+    for name, entry in _scan(folder).items() if _exists(folder) else ():
+        with contextlib.suppress(FileNotFoundError):  # gone since the scan
+            if entry.is_file(follow_symlinks=False):
+                found[name] = entry.stat(follow_symlinks=False)
     return found
 
 
@@ -1709,13 +1703,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description="Upload the sniffer's captures until Ctrl-C.", epilog="Settings are explained in .env.example."
     )
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--once", action="store_true", help="upload what is there, then exit: 0 if nothing is left, else 1"
-    )
-    mode.add_argument(
-        "--status", action="store_true", help="tell how things stand, then exit: 0 if all is well, else 1"
-    )
+    flag = functools.partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
+    flag("--once", help="upload what is there, then exit: 0 if nothing is left, else 1")
+    flag("--status", help="tell how things stand, then exit: 0 if all is well, else 1")
     parser.add_argument("--version", action="version", version=f"sender.py {__version__}")
     options = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
