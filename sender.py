@@ -672,7 +672,7 @@ class _Leap:
         self.separator = separator[0]
         self.tail = len(separator[1])  # of the separator, what belongs to the packet behind it
         self.find = re.compile(re.escape(separator[0]))
-        self._database = sqlite3.connect(":memory:")
+        self.database = sqlite3.connect(":memory:")
 
     def take(self, data: bytes, last: bool) -> Optional[_Found]:
         if last:
@@ -687,7 +687,7 @@ class _Leap:
         if max(map(operator.sub, [*starts[1:], len(body)], starts)) > 4096:
             return None
         try:
-            proved = self._database.execute(_COUNT, (f"[{body.decode()}]",)).fetchone() == (len(starts),)
+            proved = self.database.execute(_COUNT, (f"[{body.decode()}]",)).fetchone() == (len(starts),)
         except (UnicodeDecodeError, sqlite3.Error):
             return None
         return (starts, used, last) if proved else None
@@ -720,6 +720,9 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         except BaseException:
             self._file.close()
             raise
+        finally:
+            if self._leap:
+                self._leap.database.close()  # in the thread to which it belongs
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
