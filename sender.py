@@ -857,10 +857,12 @@ class _Adapter(requests.adapters.HTTPAdapter):
 
 
 @functools.lru_cache(maxsize=1)
-def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedRequest, Any]:
-    """The one session, a prepared POST, and the arguments to send it with.
+def _session(url: str, token: str) -> tuple["functools.partial[requests.Response]", requests.PreparedRequest]:
+    """What sends through the one session, and a prepared POST.
 
     Proxies, CA bundle and .netrc are looked up here, once; a session does so at every request, at half of its cost.
+    It is the session's adapter that sends: the session would read a redirect's endless body to its end. So redirects
+    are not followed: a POST would become a GET, and a login page's 200 would look like success.
     """
     session = requests.Session()
     session.mount(url, _Adapter())
@@ -872,21 +874,14 @@ def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedR
     auth = (lambda request: request) if token else None
     post = session.prepare_request(requests.Request("POST", url, headers=headers, auth=auth))
     bundle = _environment.get("REQUESTS_CA_BUNDLE") or None  # requests does not know .env
-    return session, post, session.merge_environment_settings(url, {}, True, bundle, None)
-
-
-def _send(request: requests.PreparedRequest, timeout: float) -> requests.Response:
-    """Send through the session's adapter, not the session: that would read a redirect's endless body to its end.
-
-    So redirects are not followed: a POST would become a GET, and a login page's 200 would look like success.
-    """
-    session, _, arguments = _session(SERVER_URL, API_TOKEN)
-    return session.get_adapter(SERVER_URL).send(request, timeout=timeout, **arguments)
+    arguments: Any = session.merge_environment_settings(url, {}, True, bundle, None)
+    return functools.partial(session.get_adapter(url).send, **arguments), post
 
 
 def _post(batch: Batch, compress: bool) -> tuple[int, Any, str]:
     """One POST: status, headers and the beginning of the reply's text. Raises OSError and urllib3's HTTPError."""
-    request = _session(SERVER_URL, API_TOKEN)[1].copy()
+    send, post = _session(SERVER_URL, API_TOKEN)
+    request = post.copy()
     request.headers["Idempotency-Key"] = f'"{hashlib.sha256(batch.body).hexdigest()}"'
     request.body = gzip.compress(batch.body, 6, mtime=0) if compress else batch.body
     if compress:
@@ -894,13 +889,13 @@ def _post(batch: Batch, compress: bool) -> tuple[int, Any, str]:
     request.headers["Content-Length"] = str(len(request.body))
     reused, _link.kept_alive = _link.kept_alive, False
     try:
-        response = _send(request, REQUEST_TIMEOUT)
+        response = send(request, timeout=REQUEST_TIMEOUT)
     except requests.ConnectionError as error:
         # A server may close an idle connection at the very moment that it is used again. That is no failure, and the
         # key makes it safe to send once more at once (RFC 9110, section 9.2.2).
         if not (reused and isinstance(_cause(error), (ConnectionError, ssl.SSLEOFError))):
             raise
-        response = _send(request, REQUEST_TIMEOUT)
+        response = send(request, timeout=REQUEST_TIMEOUT)
     with contextlib.closing(response.raw):  # what is not read to its end is not kept alive
         response.raw.enforce_content_length = True  # urllib3 1 does not do so by itself
         try:
@@ -969,7 +964,7 @@ def _network_answer(error: Exception) -> Answer:
     mistrust = (ssl.SSLCertVerificationError, urllib3.util.ssl_match_hostname.CertificateError)
     if isinstance(cause, mistrust) or getattr(cause, "library", "") in ("X509", "PEM"):
         what = getattr(cause, "verify_message", None) or str(cause)
-        bundle = _session(SERVER_URL, API_TOKEN)[2]["verify"]
+        bundle = _session(SERVER_URL, API_TOKEN)[0].keywords["verify"]
         now = f" (now {bundle})" if isinstance(bundle, str) else ""
         advice = f"{_one_line(what)}; check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE{now}"
         return Answer(Outcome.REFUSED, f"Cannot trust server {server}", advice)
@@ -1514,9 +1509,10 @@ def _server_trouble() -> str:
 
     def ask() -> None:
         try:
-            request = _session(SERVER_URL, API_TOKEN)[1].copy()
+            send, post = _session(SERVER_URL, API_TOKEN)
+            request = post.copy()
             request.method = "GET"
-            _send(request, timeout=2).raw.close()
+            send(request, timeout=2).raw.close()
             trouble[0] = ""
         except (OSError, HTTPError) as error:
             trouble[0] = _reason(error)
