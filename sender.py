@@ -117,12 +117,12 @@ def _setting(name: str, default: T, convert: Callable[[str], T], allowed: str) -
         return default
 
 
-def _number(kind: Callable[[str], T], least: float) -> Callable[[str], T]:
-    def convert(text: str) -> T:
-        value: Any = kind(text)
+def _number(kind: Callable[[str], float], least: float) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        value = kind(text)
         if not least <= value <= 1_000_000:  # so that no sum of seconds overflows a clock; false for a NaN, too
             raise ValueError(text)
-        return value  # type: ignore[no-any-return]
+        return value
 
     return convert
 
@@ -1188,11 +1188,9 @@ def _done(path: Path, data: Path, progress: Progress) -> None:
     target = _free_path(PROCESSED_DIR, path.name)
     _move(data, target)
     _forget(path)  # last: a crash before this leaves a record without a file, and no file without its record
-    try:
+    consequence = "KEEP_PROCESSED_DAYS will count from its capture, not from its upload"
+    with _complaining(target, consequence) if KEEP_PROCESSED_DAYS else contextlib.suppress(OSError):
         os.utime(target)
-    except OSError as error:
-        if KEEP_PROCESSED_DAYS:
-            _complain(target, error, "KEEP_PROCESSED_DAYS will count from its capture, not from its upload")
     aside = f", {progress.set_aside} set aside" if progress.set_aside else ""
     renamed = "" if target.name == path.name else f", kept as {_printable(target.name)}"
     delivered = progress.packets - progress.set_aside
