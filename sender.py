@@ -251,6 +251,7 @@ class Link:
 _link = Link()
 _serving = False
 _stopping = False
+_STAYS = "it stays in its folder and is tried again"
 _told: dict[Path, str] = {}  # trouble that lasts is told once, not at every poll
 _stale_markers: set[Path] = set()  # files that are taken, but whose markers could not be removed yet
 
@@ -592,7 +593,6 @@ class Batch(NamedTuple):
 
 
 Packets = Union[list[dict[str, Any]], Batch]
-
 
 _WHITE = b" \t\r\n"
 _DELIMITER = re.compile(r"[ \t\r\n]*([,\]])[ \t\r\n]*")
@@ -1254,7 +1254,7 @@ def _remove_marker(path: Path) -> None:
 def process_json_file(json_path: AnyPath) -> bool:
     """The whole life of one ready file: take it, upload it, move it. True only when it has reached processed/."""
     path = Path(json_path)
-    with _complaining(path, "it stays in its folder and is tried again"):
+    with _complaining(path, _STAYS):
         taken = _take(path)
         return taken is not None and bool(_round(path, taken, MAX_RETRIES))
     return False
@@ -1307,7 +1307,7 @@ def _due() -> list[Path]:
         except FileNotFoundError:
             pass  # gone since the scan
         except OSError as error:
-            _complain(path, error, "it stays in its folder and is tried again")
+            _complain(path, error, _STAYS)
     return [path for _, path in sorted(due)]
 
 
@@ -1373,10 +1373,7 @@ def retry_failed_uploads() -> None:
         try:
             answer = _round(path, path, attempts=1)
         except OSError as error:
-            gone = isinstance(error, FileNotFoundError)
-            _complain(
-                path, error, "somebody has taken it away" if gone else "it stays in its folder and is tried again"
-            )
+            _complain(path, error, "somebody has taken it away" if isinstance(error, FileNotFoundError) else _STAYS)
             continue
         _told.pop(path, None)
         faults = faults + 1 if answer.outcome in (Outcome.FAULT, Outcome.AGAIN) else 0
