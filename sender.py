@@ -1577,7 +1577,7 @@ def print_status() -> bool:
             problems.append(f"{folder.name} cannot be read ({_one_line(error.strerror or str(error))})")
     pending, failed, processed = listings
     ready = [name for name in pending if name + READY in pending or name.endswith(".json" + TAKEN)]
-    unmarked = [name for name in pending if name.endswith(".json") and name not in ready]
+    unmarked = [name for name in pending if name.endswith(".json") and name + READY not in pending]
     again = _failed_names(failed)
     aside = [name for name in failed if name.endswith(REJECTED)]
     print(f"Sender  {f'running (pid {pid})' if pid else 'not running'}")
@@ -1599,15 +1599,12 @@ def print_status() -> bool:
     title = "No marker: still being written, or its .ready file is missing"
     _print_rows(title, unmarked, lambda name: f"written {_duration(ages[name])} ago")
     late = [name for name in unmarked if ages[name] > 60]
-    problems += [
-        *(["the server is not reachable"] if trouble else []),
-        *([f"{_count(len(again), 'failed upload')}"] if again else []),
-        *([f"{_count(len(aside), 'file')} of rejected packets"] if aside else []),
-        *([f"{_count(len(late), 'file')} without a marker for over a minute"] if late else []),
-    ]
+    problems += ["the server is not reachable"] if trouble else []
+    problems += [_count(len(again), "failed upload")] if again else []
+    problems += [f"{_count(len(aside), 'file')} of rejected packets"] if aside else []
+    problems += [f"{_count(len(late), 'file')} without a marker for over a minute"] if late else []
     print()
-    print(textwrap.fill(f"Not well: {', '.join(problems)}." if problems else "All is well.", 80))
-    print(end="", flush=True)
+    print(textwrap.fill(f"Not well: {', '.join(problems)}." if problems else "All is well.", 80), flush=True)
     return not problems
 
 
