@@ -295,7 +295,7 @@ def _complain(path: Path, error: Exception, consequence: str) -> None:
 
 @contextlib.contextmanager
 def _complaining(path: Path, consequence: str) -> Iterator[None]:
-    """Go on after a file operation that failed: _complain(), until it succeeds."""
+    """Go on after a file operation that fails, with a _complain(); once it succeeds, forget what was told."""
     try:
         yield
         _told.pop(path, None)
@@ -755,17 +755,17 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         """Where packet `number` starts: at a mark, or so many packets behind it."""
         mark = bisect.bisect_right(self._numbers, number) - 1
         offset, behind = self._offsets[mark], number - self._numbers[mark]
-        if behind:
-            self._file.seek(offset)
-            block = self._file.read(self._offsets[mark + 1] - offset)
-            try:
-                if self._leap and self._leapt[mark]:
-                    cut = next(itertools.islice(self._leap.find.finditer(block), behind - 1, None))
-                    return offset + cut.end() - self._leap.tail
-                return offset + _walk(block, False, behind + 1)[0][behind]
-            except (ValueError, IndexError, StopIteration):
-                raise _changed(self._path) from None
-        return offset
+        if not behind:
+            return offset
+        self._file.seek(offset)
+        block = self._file.read(self._offsets[mark + 1] - offset)
+        try:
+            if self._leap and self._leapt[mark]:
+                cut = next(itertools.islice(self._leap.find.finditer(block), behind - 1, None))
+                return offset + cut.end() - self._leap.tail
+            return offset + _walk(block, False, behind + 1)[0][behind]
+        except (ValueError, IndexError, StopIteration):
+            raise _changed(self._path) from None
 
     def cut(self, start: int, stop: int) -> bytes:
         """Packets `start` to `stop` as a JSON array: their bytes, and what stands between them, as in the file."""
@@ -1024,7 +1024,7 @@ def _note_success() -> None:
     _link.accepted_at = _now()
     if _link.down_since is not None:
         away, _link.down_since = time.monotonic() - _link.down_since, None
-        logger.info("The server is back after %s; %s waiting", _duration(away), _count(len(_waiting()), "file"))
+        logger.info("The server is back after %s; %s waiting", _duration(away), _count(_waiting(), "file"))
     if _link.sweep_when_back:
         _link.sweep_when_back, _link.sweep_now = False, True
 
@@ -1311,15 +1311,15 @@ def _due() -> list[Path]:
     return [path for _, path in sorted(due)]
 
 
-def _waiting() -> list[str]:
-    """The names of the files that are still to be delivered, in both folders; a folder that cannot be read is one."""
-    names = []
+def _waiting() -> int:
+    """How many files are still to be delivered, in both folders; a folder that cannot be read is one."""
+    number = 0
     for folder, choose in ((PENDING_DIR, _ready_names), (FAILED_DIR, _failed_names)):
         try:
-            names += choose(_scan(folder))
+            number += len(choose(_scan(folder)))
         except OSError:
-            names.append(folder.name)
-    return names
+            number += 1
+    return number
 
 
 def _remove_orphans(folder: Path) -> None:
@@ -1491,7 +1491,7 @@ def _serve(once: bool, lock_in_place: Callable[[], bool]) -> bool:
         if once and not at_once:
             break
         _nap(0 if at_once else POLL_INTERVAL)
-    logger.info("Stopped; %s waiting", _count(len(_waiting()), "file"))
+    logger.info("Stopped; %s waiting", _count(_waiting(), "file"))
     return not _stopping and not once
 
 
