@@ -117,12 +117,12 @@ def _setting(name: str, default: T, convert: Callable[[str], T], allowed: str) -
         return default
 
 
-def _number(kind: Callable[[str], T], least: float) -> Callable[[str], T]:
-    def convert(text: str) -> T:
-        value: Any = kind(text)
+def _number(kind: Callable[[str], float], least: float) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        value = kind(text)
         if not least <= value <= 1_000_000:  # so that no sum of seconds overflows a clock; false for a NaN, too
             raise ValueError(text)
-        return value  # type: ignore[no-any-return]
+        return value
 
     return convert
 
@@ -258,6 +258,7 @@ _link = Link()
 _serving = 0  # calls of monitor_and_upload() under way
 _stopping = False
 _turn = threading.RLock()  # one file at a time, also where a host calls process_json_file() beside the loop
+_STAYS = "it stays in its folder and is tried again"
 _told: dict[Path, str] = {}  # trouble that lasts is told once, not at every poll
 _stale_markers: set[Path] = set()  # files that are taken, but whose markers could not be removed yet
 
@@ -291,9 +292,6 @@ def _duration(seconds: float) -> str:
     return _count(max(int(seconds), 0), "second")
 
 
-TRIED_AGAIN = "it stays in its folder and is tried again"
-
-
 def _complain(path: Path, error: Exception, consequence: str) -> None:
     """Tell of a file operation that failed: once, for as long as it fails in the same way."""
     text = f"{_printable(path.name)}: {_reason(error)}; {consequence}"
@@ -304,7 +302,7 @@ def _complain(path: Path, error: Exception, consequence: str) -> None:
 
 @contextlib.contextmanager
 def _complaining(path: Path, consequence: str) -> Iterator[None]:
-    """Go on after a file operation that failed: _complain(), until it succeeds."""
+    """Go on after a file operation that fails, with a _complain(); once it succeeds, forget what was told."""
     try:
         yield
         _told.pop(path, None)
@@ -609,7 +607,6 @@ class Batch(NamedTuple):
 
 Packets = Union[list[dict[str, Any]], Batch]
 
-
 _WHITE = b" \t\r\n"
 _DELIMITER = re.compile(r"[ \t\r\n]*([,\]])[ \t\r\n]*")
 _SEPARATOR = re.compile(rb'\}[ \t\r\n]*,[ \t\r\n]*(\{[ \t\r\n]*"\w)')
@@ -778,17 +775,17 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         """Where packet `number` starts: at a mark, or so many packets behind it."""
         mark = bisect.bisect_right(self._numbers, number) - 1
         offset, behind = self._offsets[mark], number - self._numbers[mark]
-        if behind:
-            self._file.seek(offset)
-            block = self._file.read(self._offsets[mark + 1] - offset)
-            try:
-                if self._leap and self._leapt[mark]:
-                    cut = next(itertools.islice(self._leap.find.finditer(block), behind - 1, None))
-                    return offset + cut.end() - self._leap.tail
-                return offset + _walk(block, False, behind + 1)[0][behind]
-            except (ValueError, IndexError, StopIteration):
-                raise _changed(self._path) from None
-        return offset
+        if not behind:
+            return offset
+        self._file.seek(offset)
+        block = self._file.read(self._offsets[mark + 1] - offset)
+        try:
+            if self._leap and self._leapt[mark]:
+                cut = next(itertools.islice(self._leap.find.finditer(block), behind - 1, None))
+                return offset + cut.end() - self._leap.tail
+            return offset + _walk(block, False, behind + 1)[0][behind]
+        except (ValueError, IndexError, StopIteration):
+            raise _changed(self._path) from None
 
     def cut(self, start: int, stop: int) -> bytes:
         """Packets `start` to `stop` as a JSON array: their bytes, and what stands between them, as in the file."""
@@ -906,10 +903,12 @@ class _Adapter(requests.adapters.HTTPAdapter):
 
 
 @functools.lru_cache(maxsize=1)
-def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedRequest, Any]:
-    """The one session, a prepared POST, and the arguments to send it with.
+def _session(url: str, token: str) -> tuple["functools.partial[requests.Response]", requests.PreparedRequest]:
+    """What sends through the one session, and a prepared POST.
 
     Proxies, CA bundle and .netrc are looked up here, once; a session does so at every request, at half of its cost.
+    It is the session's adapter that sends: the session would read a redirect's endless body to its end. So redirects
+    are not followed: a POST would become a GET, and a login page's 200 would look like success.
     """
     session = requests.Session()
     session.mount(url, _Adapter())
@@ -924,21 +923,14 @@ def _session(url: str, token: str) -> tuple[requests.Session, requests.PreparedR
     except ValueError:  # not with its text: it may quote a password
         raise OSError(errno.EINVAL, "the .netrc, or the URL's password, has a character that cannot be sent") from None
     bundle = _environment.get("REQUESTS_CA_BUNDLE") or None  # requests does not know .env
-    return session, post, session.merge_environment_settings(url, {}, True, bundle, None)
-
-
-def _send(request: requests.PreparedRequest, timeout: float) -> requests.Response:
-    """Send through the session's adapter, not the session: that would read a redirect's endless body to its end.
-
-    So redirects are not followed: a POST would become a GET, and a login page's 200 would look like success.
-    """
-    session, _, arguments = _session(SERVER_URL, API_TOKEN)
-    return session.get_adapter(SERVER_URL).send(request, timeout=timeout, **arguments)
+    arguments: Any = session.merge_environment_settings(url, {}, True, bundle, None)
+    return functools.partial(session.get_adapter(url).send, **arguments), post
 
 
 def _post(batch: Batch, compress: bool) -> tuple[int, Any, str]:
     """One POST: status, headers and the beginning of the reply's text. Raises OSError and urllib3's HTTPError."""
-    request = _session(SERVER_URL, API_TOKEN)[1].copy()
+    send, post = _session(SERVER_URL, API_TOKEN)
+    request = post.copy()
     request.headers["Idempotency-Key"] = f'"{hashlib.sha256(batch.body).hexdigest()}"'
     request.body = gzip.compress(batch.body, 6, mtime=0) if compress else batch.body
     if compress:
@@ -946,13 +938,13 @@ def _post(batch: Batch, compress: bool) -> tuple[int, Any, str]:
     request.headers["Content-Length"] = str(len(request.body))
     reused, _link.kept_alive = _link.kept_alive, False
     try:
-        response = _send(request, REQUEST_TIMEOUT)
+        response = send(request, timeout=REQUEST_TIMEOUT)
     except requests.ConnectionError as error:
         # A server may close an idle connection at the very moment that it is used again. That is no failure, and the
         # key makes it safe to send once more at once (RFC 9110, section 9.2.2).
         if not (reused and isinstance(_cause(error), (ConnectionError, ssl.SSLEOFError))):
             raise
-        response = _send(request, REQUEST_TIMEOUT)
+        response = send(request, timeout=REQUEST_TIMEOUT)
     with contextlib.closing(response.raw):  # what is not read to its end is not kept alive
         response.raw.enforce_content_length = True  # urllib3 1 does not do so by itself
         try:
@@ -1021,7 +1013,7 @@ def _network_answer(error: Exception) -> Answer:
     mistrust = (ssl.SSLCertVerificationError, urllib3.util.ssl_match_hostname.CertificateError)
     if isinstance(cause, mistrust) or getattr(cause, "library", "") in ("X509", "PEM"):
         what = getattr(cause, "verify_message", None) or str(cause)
-        bundle = _session(SERVER_URL, API_TOKEN)[2]["verify"]
+        bundle = _session(SERVER_URL, API_TOKEN)[0].keywords["verify"]
         now = f" (now {bundle})" if isinstance(bundle, str) else ""
         advice = f"{_one_line(what)}; check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE{now}"
         return Answer(Outcome.REFUSED, f"Cannot trust server {server}", advice)
@@ -1082,7 +1074,7 @@ def _note_success() -> None:
     _link.accepted_at = _now()
     if _link.down_since is not None:
         away, _link.down_since = time.monotonic() - _link.down_since, None
-        logger.info("The server is back after %s; %s waiting", _duration(away), _count(len(_waiting()), "file"))
+        logger.info("The server is back after %s; %s waiting", _duration(away), _count(_waiting(), "file"))
     if _link.sweep_when_back:
         _link.sweep_when_back, _link.sweep_now = False, True
 
@@ -1246,11 +1238,9 @@ def _done(path: Path, data: Path, progress: Progress) -> None:
     target = _free_path(PROCESSED_DIR, path.name)
     _move(data, target)
     _forget(path)  # last: a crash before this leaves a record without a file, and no file without its record
-    try:
+    consequence = "KEEP_PROCESSED_DAYS will count from its capture, not from its upload"
+    with _complaining(target, consequence) if KEEP_PROCESSED_DAYS else contextlib.suppress(OSError):
         os.utime(target)
-    except OSError as error:
-        if KEEP_PROCESSED_DAYS:
-            _complain(target, error, "KEEP_PROCESSED_DAYS will count from its capture, not from its upload")
     aside = f", {progress.set_aside} set aside" if progress.set_aside else ""
     renamed = "" if target.name == path.name else f", kept as {_printable(target.name)}"
     delivered = progress.packets - progress.set_aside
@@ -1315,7 +1305,7 @@ def process_json_file(json_path: AnyPath) -> bool:
     """The whole life of one ready file: take it, upload it, move it. True only when it has reached processed/."""
     check_settings()
     path = Path(json_path)
-    with _turn, _complaining(path, TRIED_AGAIN):
+    with _turn, _complaining(path, _STAYS):
         taken = _take(path)
         return taken is not None and bool(_round(path, taken, MAX_RETRIES))
     return False
@@ -1368,19 +1358,19 @@ def _due() -> list[Path]:
         except FileNotFoundError:
             pass  # gone since the scan
         except OSError as error:
-            _complain(path, error, TRIED_AGAIN)
+            _complain(path, error, _STAYS)
     return [path for _, path in sorted(due)]
 
 
-def _waiting() -> list[str]:
-    """The names of the files that are still to be delivered, in both folders; a folder that cannot be read is one."""
-    names = []
+def _waiting() -> int:
+    """How many files are still to be delivered, in both folders; a folder that cannot be read is one."""
+    number = 0
     for folder, choose in ((PENDING_DIR, _ready_names), (FAILED_DIR, _failed_names)):
         try:
-            names += choose(_scan(folder))
+            number += len(choose(_scan(folder)))
         except OSError:
-            names.append(folder.name)
-    return names
+            number += 1
+    return number
 
 
 def _remove_orphans(folder: Path) -> None:
@@ -1404,7 +1394,7 @@ def _read_ahead(path: Path) -> None:
         if taken and fresh and os.lstat(taken).st_size >= READ_AHEAD:
             _ahead[taken] = _read_in_background(taken)
     except OSError as error:
-        _complain(path, error, TRIED_AGAIN)
+        _complain(path, error, _STAYS)
     except RuntimeError:
         pass  # no thread is to be had: it is read in its turn
 
@@ -1447,8 +1437,7 @@ def retry_failed_uploads() -> None:
             with _turn:
                 answer = _round(path, path, attempts=1)
         except OSError as error:
-            gone = isinstance(error, FileNotFoundError)
-            _complain(path, error, "somebody has taken it away" if gone else TRIED_AGAIN)
+            _complain(path, error, "somebody has taken it away" if isinstance(error, FileNotFoundError) else _STAYS)
             continue
         _told.pop(path, None)
         faults = faults + 1 if answer.outcome in (Outcome.FAULT, Outcome.AGAIN) else 0
@@ -1579,7 +1568,7 @@ def _serve(once: bool, lock_in_place: Callable[[], bool]) -> bool:
         if once and not at_once:
             break
         _nap(0 if at_once else POLL_INTERVAL)
-    logger.info("Stopped; %s waiting", _count(len(_waiting()), "file"))
+    logger.info("Stopped; %s waiting", _count(_waiting(), "file"))
     return not _stopping and not once
 
 
@@ -1592,9 +1581,10 @@ def _server_trouble() -> str:
 
     def ask() -> None:
         try:
-            request = _session(SERVER_URL, API_TOKEN)[1].copy()
+            send, post = _session(SERVER_URL, API_TOKEN)
+            request = post.copy()
             request.method = "GET"
-            _send(request, timeout=2).raw.close()
+            send(request, timeout=2).raw.close()
             trouble[0] = ""
         except (OSError, HTTPError) as error:
             trouble[0] = _reason(error)
@@ -1663,8 +1653,8 @@ def print_status() -> bool:
             listings.append({})
             problems.append(f"{folder.name} cannot be read ({_one_line(error.strerror or str(error))})")
     pending, failed, processed = listings
-    ready = {name for name in pending if name + READY in pending or name.endswith(".json" + TAKEN)}
-    unmarked = [name for name in pending if name.endswith(".json") and name not in ready]
+    ready = [name for name in pending if name + READY in pending or name.endswith(".json" + TAKEN)]
+    unmarked = [name for name in pending if name.endswith(".json") and name + READY not in pending]
     again = _failed_names(failed)
     aside = [name for name in failed if name.endswith(REJECTED)]
     print(f"Sender  {f'running (pid {pid})' if pid else 'not running'}")
@@ -1686,15 +1676,12 @@ def print_status() -> bool:
     title = "No marker: still being written, or its .ready file is missing"
     _print_rows(title, unmarked, lambda name: f"written {_duration(ages[name])} ago")
     late = [name for name in unmarked if ages[name] > 60]
-    problems += [
-        *(["the server is not reachable"] if trouble else []),
-        *([f"{_count(len(again), 'failed upload')}"] if again else []),
-        *([f"{_count(len(aside), 'file')} of rejected packets"] if aside else []),
-        *([f"{_count(len(late), 'file')} without a marker for over a minute"] if late else []),
-    ]
+    problems += ["the server is not reachable"] if trouble else []
+    problems += [_count(len(again), "failed upload")] if again else []
+    problems += [f"{_count(len(aside), 'file')} of rejected packets"] if aside else []
+    problems += [f"{_count(len(late), 'file')} without a marker for over a minute"] if late else []
     print()
-    print(textwrap.fill(f"Not well: {', '.join(problems)}." if problems else "All is well.", 80))
-    print(end="", flush=True)
+    print(textwrap.fill(f"Not well: {', '.join(problems)}." if problems else "All is well.", 80), flush=True)
     return not problems
 
 
