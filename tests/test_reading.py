@@ -224,6 +224,25 @@ def test_real_captures_are_sent_byte_for_byte(readers: list[ModuleType], path: P
         assert module.read_json_file(str(path)) == json.loads(content)
 
 
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'{"t": [{"t": 1}, {"t": 2}]}',
+        b'{"t": [[{"t": 1}, {"t": 2}], 3]}',
+        b'{"t": "}, {\\"t"}',
+        b'{"t": "}, {"}',
+        b'{"t": {"t": 1}, "u": 2}',
+        b'{"t": {"t": {"t": 1}}}',
+        b'{"t": {"t": 1} }',
+        b"{}",
+    ],
+)
+def test_one_odd_packet_among_many_is_cut_where_it_ends(readers: list[ModuleType], odd: bytes, size: int) -> None:
+    content = b"[" + flat(30) + b", " + odd + b", " + flat(30) + b"]"
+    assert assert_agrees_with_json(readers, content, size, NORMAL)
+
+
 def test_the_sniffers_own_layout_is_not_walked_packet_by_packet(
     readers: list[ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
