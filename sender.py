@@ -180,7 +180,7 @@ NO_DATA = (TEMPORARY, ".gitkeep", ".DS_Store")
 LONGEST_NAME = 255 - len(STATE)  # bytes
 
 BLOCK = 128 * 1024  # bytes read and proved at a time: enough to be fast, and they stay in the CPU's cache
-READ_AHEAD = 128 * 1024  # bytes; a smaller file is read before another thread can be asked to
+READ_AHEAD = 1024 * 1024  # bytes; to have a smaller file read by another thread costs more than it saves
 LONGEST_PACKET = 4 * 1024 * 1024  # bytes; a longer one is damage, and not worth the memory
 LONGEST_RECORD = 64 * 1024 * 1024  # bytes; some 200 for each rejected packet
 REPLY_LIMIT = 8 * 1024  # bytes of a reply that are read

@@ -17,7 +17,7 @@ BIG = 2000  # packets: worth being read ahead
 
 
 def packets_of(first: int) -> Packets:
-    return [packet(number) for number in range(first, first + BIG)]
+    return [packet(number, http_path="/" * 600) for number in range(first, first + BIG)]
 
 
 @pytest.fixture
