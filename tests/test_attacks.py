@@ -349,11 +349,12 @@ def test_a_lock_that_cannot_be_looked_at_is_not_taken_for_gone(
     assert [line.split(" ")[0] for line in said()] == ["Watching", "Stopped;"]
 
 
-@pytest.mark.parametrize(
-    "netrc",
-    ["machine 127.0.0.1 login u password p€ss".encode(), b"machine elsewhere login \xfc password x"],
-    ids=["a password that cannot be sent", "not UTF-8"],
-)
+ODD_NETRCS = {"not UTF-8": b"machine elsewhere login \xfc password x"}
+if sys.version_info >= (3, 11):  # earlier ones take such a password for damage, and requests then goes without
+    ODD_NETRCS["a password that cannot be sent"] = "machine 127.0.0.1 login u password p€ss".encode()
+
+
+@pytest.mark.parametrize("netrc", ODD_NETRCS.values(), ids=ODD_NETRCS)
 def test_a_netrc_with_an_odd_byte_is_told_and_ends_nothing(spool: Spool, netrc: bytes) -> None:
     (spool.folder / "netrc").write_bytes(netrc)
     spool.drop("a.json", numbered(3))
