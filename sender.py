@@ -608,7 +608,7 @@ Packets = Union[list[dict[str, Any]], Batch]
 
 _WHITE = b" \t\r\n"
 _DELIMITER = re.compile(r"[ \t\r\n]*([,\]])[ \t\r\n]*")
-_SEPARATOR = re.compile(rb'\}[ \t\r\n]*,[ \t\r\n]*(\{[ \t\r\n]*"\w)')
+_SEPARATOR = re.compile(rb'\}[ \t\r\n]{0,32},[ \t\r\n]{0,32}(\{[ \t\r\n]{0,32}"\w)')
 _LONG_NUMBER = re.compile(rb"\d{16}")  # of more than 2,000 digits, in every 128th byte
 _COUNT = "SELECT CASE WHEN json_valid(?1) THEN json_array_length(?1) END"
 
@@ -709,6 +709,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._numbers, self._offsets = array("Q"), array("Q")  # marks: packet number, byte offset; at last the end
         self._leapt = bytearray()  # whether all packets behind a mark have the leap's separator between them
         self._leap: Optional[_Leap] = None
+        self._last = (-1, 0)  # the last batch's end, packet number and byte offset: mostly the next one's beginning
         try:
             self.status = os.fstat(self._file.fileno())
             self._index()
@@ -791,7 +792,9 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 
     def cut(self, start: int, stop: int) -> bytes:
         """Packets `start` to `stop` as a JSON array: their bytes, and what stands between them, as in the file."""
-        begin, end = self._offset(start), self._offset(stop)
+        begin = self._last[1] if start == self._last[0] else self._offset(start)
+        end = self._offset(stop)
+        self._last = (stop, end)
         self._file.seek(begin)
         text = self._file.read(end - begin)
         status = os.fstat(self._file.fileno())
@@ -828,8 +831,8 @@ def _forget_ahead(path: Path) -> None:
         with contextlib.suppress(OSError, NotACapture), ahead.result():
             pass
 
-    if path in _ahead:
-        _ahead.pop(path).add_done_callback(close)
+    if ahead := _ahead.pop(path, None):
+        ahead.add_done_callback(close)
 
 
 def read_json_file(json_path: AnyPath) -> list[dict[str, Any]]:
@@ -1259,6 +1262,7 @@ def _failed(path: Path, data: Path, progress: Progress, answer: Answer) -> None:
         # The record first: a crash between the two leaves the file taken, with its old record. The other way round it
         # would stand in failed_uploads/ without any, and all of it would be sent again.
         _write(_beside(target, STATE), progress.to_json())
+        _unsaved.pop(target, None)  # of an earlier file there
         _move(data, target)
         _forget(path)
         renamed = "" if target.name == path.name else f" as {_printable(target.name)}"
@@ -1377,11 +1381,12 @@ def _waiting() -> int:
 
 def _remove_orphans(folder: Path) -> None:
     """Remove the records that a crash left when their file had moved on: JSON objects of ours, which data never is."""
-    found = _scan(folder)
-    for name in [name for name in found if name.endswith(STATE)]:
-        base = name[: -len(STATE)]
-        if base not in found and base + TAKEN not in found and _has_record(folder / base):
-            _remove(folder / name)
+    with _turn:  # else one that is just being written would pass for one
+        found = _scan(folder)
+        for name in [name for name in found if name.endswith(STATE)]:
+            base = name[: -len(STATE)]
+            if base not in found and base + TAKEN not in found and _has_record(folder / base):
+                _remove(folder / name)
 
 
 def _read_ahead(path: Path) -> None:
@@ -1406,8 +1411,9 @@ def _upload_ready() -> bool:
     names = []
     with _complaining(PENDING_DIR, "nothing can be uploaded until that is mended"):
         names = _ready_names(_scan(PENDING_DIR))
-    for path in list(_stale_markers):
-        _remove_marker(path)
+    with _turn:
+        for path in list(_stale_markers):
+            _remove_marker(path)
     delivered = False
     for name, following in itertools.zip_longest(names, names[1:]):
         if not _stopping:

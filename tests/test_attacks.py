@@ -51,6 +51,10 @@ def first_numbers(server: ScriptedServer) -> list[int]:
     return [request.numbers[0] for request in server.requests]
 
 
+def no_space(path: Path, content: bytes) -> None:
+    raise OSError(28, "No space left on device", str(path))
+
+
 def nothing() -> None:
     pass
 
@@ -413,6 +417,29 @@ def test_a_record_with_half_a_surrogate_pair_ends_nothing(spool: Spool) -> None:
         load(spool, server)[0].retry_failed_uploads()
     assert server.stored == Counter([1, 2])
     assert json.loads((spool.failed / "a.rejected.json").read_bytes()) == [packet(0)]
+
+
+def test_a_record_from_memory_is_not_taken_for_that_of_a_later_file_of_the_name(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk keeps a record in memory; a person moves its file back to pending_upload/, and it fails once more."""
+    bearable = {0, 1, 2}
+    with ScriptedServer(lambda request: None if bearable.issuperset(request.numbers) else reply(503)) as server:
+        put(spool.failed, "a.json", [packet(n) for n in range(12)])
+        sender, _ = load(spool, server, BATCH_SIZE=3)
+        with monkeypatch.context() as full:
+            full.setattr(sender, "_write", no_space)
+            sender.retry_failed_uploads()
+        sender._save_progress(spool.pending / "a.json", sender.Progress.read(spool.failed / "a.json"))
+        (spool.failed / "a.json").rename(spool.pending / "a.json")
+        (spool.pending / "a.json.ready").touch()
+        bearable = set(range(9))
+        assert not sender.process_json_file(spool.pending / "a.json")
+        bearable = set(range(12))
+        sender.retry_failed_uploads()
+    assert server.stored == Counter(range(12))
+    assert [request.numbers for request in server.requests].count([3, 4, 5]) == 2  # one refused, one accepted
+    assert spool.names() == ["processed/a.json"]
 
 
 def test_a_clock_that_is_put_back_turns_no_outage_into_rejected_packets(

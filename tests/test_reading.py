@@ -224,6 +224,17 @@ def test_real_captures_are_sent_byte_for_byte(readers: list[ModuleType], path: P
         assert module.read_json_file(str(path)) == json.loads(content)
 
 
+@pytest.mark.parametrize("place", [b"}%b, {", b"},%b {", b"}, {%b"])
+def test_an_endless_separator_is_no_pattern_to_search_for(readers: list[ModuleType], place: bytes) -> None:
+    """Compiled, it would take a hundred times its length, and stay in memory."""
+    content = (b"[" + flat(3) + b"]").replace(b"}, {", place.replace(b"%b", b" " * 5000))
+    assert assert_agrees_with_json(readers, content, 2, NORMAL)
+    path = capture_path(readers[0])
+    path.write_bytes(content)
+    with readers[0].Capture(path) as capture:
+        assert capture._leap is None
+
+
 @pytest.mark.parametrize("size", [1, 7])
 @pytest.mark.parametrize(
     "odd",
