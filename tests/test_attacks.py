@@ -539,26 +539,27 @@ if sys.platform != "win32":
         spool: Spool, said: Callable[..., list[str]], instead: str
     ) -> None:
         away = spool.folder / "away"
-        with ScriptedServer() as server:
-            sender = spool.load(SERVER_URL=server.url, POLL_INTERVAL=0.01)
-            loop = threading.Thread(target=sender.monitor_and_upload, daemon=True)
-            loop.start()
-            wait_until(spool.processed.exists, "it runs")
+
+        def take_away() -> None:
             spool.logs.rename(away)
             if instead == "a file":
                 spool.logs.write_text("")
             else:  # the lock is gone, and cannot be taken again
                 spool.logs.symlink_to(spool.folder / "nowhere")
-            wait_until(lambda: any("nothing can be uploaded" in line for line in said(logging.ERROR)), "it is told")
+
+        def bring_back() -> None:
             spool.logs.unlink()
             away.rename(spool.logs)
             spool.drop("a.json", numbered(3))
-            wait_until((spool.processed / "a.json").exists, "it goes on")
-            sender.stop_sender()
-            loop.join(30)
+
+        with ScriptedServer() as server:
+            sender, clock = load(spool, server)
+            play(sender, clock, take_away, nothing, nothing, nothing, bring_back, nothing, nothing, nothing)
         lines = said(logging.ERROR)
+        assert any("nothing can be uploaded" in line for line in lines)
         assert len(lines) == len(set(lines))
-        assert set(server.stored.values()) == {1}
+        assert spool.names() == ["processed/a.json"]
+        assert server.stored == Counter([0, 1, 2])
 
     @pytest.mark.timeout(30)
     @pytest.mark.parametrize("suffix", ["y" * 247, "é" * 123 + "y"], ids=["ascii", "two bytes"])
