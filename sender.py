@@ -1380,7 +1380,7 @@ def _waiting() -> int:
 
 
 def _remove_orphans(folder: Path) -> None:
-    """Remove the records that a crash left when their file had moved on: JSON objects of ours, which data never is."""
+    """Remove the records of ours that a crash left when their file had moved on."""
     with _turn:  # else one that is just being written would pass for one
         found = _scan(folder)
         for name in [name for name in found if name.endswith(STATE)]:

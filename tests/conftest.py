@@ -20,23 +20,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from bench import SENDER_SETTINGS
 
 SENDER = Path(__file__).parent.parent / "sender.py"
 DATA = Path(__file__).parent / "data"
-SETTINGS = [
-    "SERVER_URL",
-    "API_TOKEN",
-    "POLL_INTERVAL",
-    "MAX_RETRIES",
-    "RETRY_DELAY",
-    "BATCH_SIZE",
-    "REQUEST_TIMEOUT",
-    "RETRY_FAILED_INTERVAL",
-    "COMPRESS",
-    "KEEP_PROCESSED_DAYS",
-    "LOGS_DIR",
-    "LOG_LEVEL",
-]
+SETTINGS = sorted(SENDER_SETTINGS)
 FAST = {"RETRY_DELAY": "0.01", "POLL_INTERVAL": "0.05"}
 _numbers = itertools.count()
 
