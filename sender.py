@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["requests>=2.32.3", "python-dotenv>=1.0.0"]
+# ///
 """Upload what a packet sniffer captures: every packet, once, whatever breaks in between.
 
 The sniffer writes X.json (an array of packet objects) into logs/pending_upload/ and then creates the marker
@@ -15,26 +19,23 @@ start goes on from there.
     failed                                        X.json (+ X.json.state)                the next sweep
     done                                                                    X.json       none
 
-X.json.state says how far the upload got and what failed last. X.rejected.json holds single packets that the server
-will not have, with its reasons in X.rejected.json.state; they wait for a person. Nothing is ever overwritten: where
-a name exists, the newcomer becomes X.1.json. Besides, logs/ has .sender.lock, a folder for an instant .sender.tmp; a
-.gitkeep is let be.
+X.json.state, the record, is the only memory of a file: how far its upload got, which packets the server refused, what
+failed last. Before any POST it says (or, where there is none, the first BATCH_SIZE packets are) what may be on the wire
+without an answer; so a crash sends the same bytes again, under the same Idempotency-Key. Nothing is ever overwritten:
+where a name exists, the newcomer becomes X.1.json. Names in .state, .taken, .ready or .tmp are never data.
 
-Delivery is at least once on the wire, and exactly once on a server that honours Idempotency-Key: a batch whose answer
-was lost goes out again byte for byte the same, under the same key.
+When a batch fails, one question decides: is it this batch, or the server? A Round finds out by halves.
 
-Ctrl-C and SIGTERM let the current request finish and keep all progress; a second Ctrl-C ends at once.
-Exit status: 0 done; 1 another sender is running, unusable folders, or (--once, --status) not all is well; 2 a bad
-setting.
+Ctrl-C and SIGTERM let the current request finish and keep all progress; a second Ctrl-C ends at once. Exit status:
+0 done; 1 another sender is running, unusable folders, or (--once, --status) not all is well; 2 a bad setting.
 Settings come from the environment or from a .env beside this file; .env.example explains each.
 """
 
 import argparse
 import base64
 import bisect
-import codecs
 import contextlib
-import email.utils
+import difflib
 import enum
 import errno
 import functools
@@ -42,10 +43,12 @@ import gzip
 import hashlib
 import http.client
 import io
-import itertools
 import json
 import logging
+import logging.handlers
+import operator
 import os
+import queue
 import random
 import re
 import signal
@@ -56,14 +59,12 @@ import sys
 import textwrap
 import threading
 import time
-from array import array
-from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import requests
 import urllib3
@@ -75,26 +76,29 @@ try:
 except ImportError:  # a Python built without it: reading is then slower, and as exact
     sqlite3 = None  # type: ignore[assignment]
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 logger = logging.getLogger("sender")
 
 # ---------------------------------------------------------------- settings
 
-T = TypeVar("T")
+T = TypeVar("T", str, int, float, Path)
 AnyPath = Union[str, "os.PathLike[str]"]
+_settings: dict[str, Any] = {}  # the values in force, by name
 _bad_settings: list[str] = []  # one line each: name, value, what is allowed. Importing this module never fails
 
 
 def _read_environment() -> dict[str, Optional[str]]:
     """The environment over the .env beside this file, which is not let into os.environ: that is the host's."""
-    from_file = {}
+    from_file: dict[str, Optional[str]] = {}
     try:
-        with open(Path(__file__).with_name(".env"), encoding="utf-8-sig") as file:
-            for line in parse_stream(file):
-                if line.error:
-                    _bad_settings.append(f".env, line {line.original.line}, is not allowed: it must be NAME=value")
-                elif line.key:
-                    from_file[line.key] = line.value
+        text = Path(__file__).with_name(".env").read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds UTF-16, as PowerShell 5 appends it")
+        for line in parse_stream(io.StringIO(text)):
+            if line.error:
+                _bad_settings.append(f".env, line {line.original.line}, is not allowed: it must be NAME=value")
+            elif line.key:
+                from_file[line.key] = line.value
     except FileNotFoundError:
         pass  # it is optional
     except (OSError, ValueError) as error:
@@ -105,44 +109,35 @@ def _read_environment() -> dict[str, Optional[str]]:
 _environment = _read_environment()
 
 
-def _setting(name: str, default: T, convert: Callable[[str], T], allowed: str) -> T:
-    """What the environment or .env says of `name`, else the default. An empty value counts as none."""
+def _setting(name: str, default: T, allowed: str, valid: Callable[[Any], object]) -> T:
+    """What the environment or .env says of `name`, of the default's type; else the default. Empty counts as none."""
     text = (_environment.get(name) or "").strip()
+    _settings[name] = default
     try:
-        return convert(text) if text else default
+        if text:
+            _settings[name] = type(default)(text)
+            if not valid(_settings[name]):
+                raise ValueError(text)
     except (ValueError, RuntimeError):  # the latter from a ~ without a home
+        _settings[name] = default
         shown = "***" if name == "API_TOKEN" else re.sub(r"(?s).*@|[?#;].*", "***", text)
         _bad_settings.append(f"{name}={_printable(shown)} is not allowed: it must be {allowed}")
-        return default
+    value: T = _settings[name]
+    return value
 
 
-def _number(kind: Callable[[str], float], least: float) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not least <= value <= 1_000_000:  # so that no sum of seconds overflows a clock; false for a NaN, too
-            raise ValueError(text)
-        return value
-
-    return convert
-
-
-def _one_of(*words: str) -> Callable[[str], str]:
-    return lambda text: words[[word.lower() for word in words].index(text.lower())]
-
-
-def _url(text: str) -> str:
+def _usable_url(text: str) -> bool:
     parts = urlsplit(text)
-    if parts.scheme.lower() not in ("http", "https") or not parts.hostname or parts.port == 0:
-        raise ValueError(text)
     prepared = requests.Request("POST", text).prepare()  # what cannot be sent is refused now, not at the first file
     (urlsplit(prepared.url or "").hostname or "").encode("idna")  # as a look-up of the name will
-    return text
+    zone = "%" in parts.netloc.rpartition("@")[2]  # of an IPv6 address: libraries spell it differently
+    return parts.scheme.lower() in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not zone
 
 
-def _token(text: str) -> str:
-    if not (text.isascii() and text.isprintable()):
-        raise ValueError(text)
-    return text
+def _usable_folder(path: Path) -> bool:
+    """Not a file, nor what a Windows path becomes when it is misspelt: with a tab for \\t, D:logs, %TEMP%."""
+    misspelt = not str(path).isprintable() or re.search("%.+%", str(path)) or (path.drive and not path.root)
+    return not misspelt and (path.expanduser().is_dir() or not os.path.lexists(path.expanduser()))
 
 
 def _printable(text: object) -> str:
@@ -150,42 +145,42 @@ def _printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-_SECONDS, _ABOVE_0 = "a number of seconds above 0, at most 1000000", sys.float_info.min
-_WHOLE = "a whole number from 1 to 1000000"
+_ABOVE_0 = ("a number of seconds above 0", functools.partial(operator.lt, 0))
+_FROM_0 = ("a number from 0 upwards", functools.partial(operator.le, 0))
+_WHOLE = ("a whole number from 1 upwards", functools.partial(operator.le, 1))
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
-SERVER_URL = _setting("SERVER_URL", "http://localhost:8000/ingest", _url, "an http or https URL with a host")
-API_TOKEN = _setting("API_TOKEN", "", _token, "printable ASCII")  # sent as Authorization: Bearer
-POLL_INTERVAL = _setting("POLL_INTERVAL", 1.0, _number(float, _ABOVE_0), _SECONDS)
-MAX_RETRIES = _setting("MAX_RETRIES", 3, _number(int, 1), _WHOLE)  # attempts for one batch
-RETRY_DELAY = _setting("RETRY_DELAY", 5.0, _number(float, 0), "a number of seconds from 0 to 1000000")  # then doubling
-BATCH_SIZE = _setting("BATCH_SIZE", 1000, _number(int, 1), _WHOLE)  # packets in one request
-REQUEST_TIMEOUT = _setting("REQUEST_TIMEOUT", 30.0, _number(float, _ABOVE_0), _SECONDS)
-RETRY_FAILED_INTERVAL = _setting("RETRY_FAILED_INTERVAL", 300.0, _number(float, _ABOVE_0), _SECONDS)
-COMPRESS = _setting("COMPRESS", "none", _one_of("none", "gzip"), "gzip or none")  # for slow links
-KEEP_PROCESSED_DAYS = _setting("KEEP_PROCESSED_DAYS", 0.0, _number(float, 0), "a number of days, 0 for ever")
-LOGS_DIR = _setting("LOGS_DIR", Path(__file__).with_name("logs"), lambda s: Path(s).expanduser(), "a folder").absolute()
-LOG_LEVEL = _setting("LOG_LEVEL", "INFO", _one_of(*_LEVELS), "DEBUG, INFO, WARNING or ERROR")
+SERVER_URL = _setting("SERVER_URL", "http://localhost:8000/ingest", "an http or https URL with a host", _usable_url)
+API_TOKEN = _setting("API_TOKEN", "", "printable ASCII", lambda token: token.isascii() and token.isprintable())
+POLL_INTERVAL = _setting("POLL_INTERVAL", 1.0, *_ABOVE_0)
+MAX_RETRIES = _setting("MAX_RETRIES", 3, *_WHOLE)  # attempts for one batch
+RETRY_DELAY = _setting("RETRY_DELAY", 5.0, *_FROM_0)  # seconds before the second attempt, then doubling
+BATCH_SIZE = _setting("BATCH_SIZE", 1000, *_WHOLE)  # packets in one request
+REQUEST_TIMEOUT = _setting("REQUEST_TIMEOUT", 30.0, *_ABOVE_0)
+RETRY_FAILED_INTERVAL = _setting("RETRY_FAILED_INTERVAL", 300.0, *_ABOVE_0)  # between sweeps
+COMPRESS = _setting("COMPRESS", "none", "gzip or none", lambda word: word.lower() in ("none", "gzip")).lower()
+KEEP_PROCESSED_DAYS = _setting("KEEP_PROCESSED_DAYS", 0.0, *_FROM_0)  # 0 for ever
+LOGS_DIR = _setting("LOGS_DIR", Path(__file__).with_name("logs"), "a folder, such as C:/sender/logs", _usable_folder)
+LOG_LEVEL = _setting("LOG_LEVEL", "INFO", " or ".join(_LEVELS), lambda word: word.upper() in _LEVELS).upper()
 
+LOGS_DIR = LOGS_DIR.expanduser().absolute()
+LOCK = LOGS_DIR / ".sender.lock"
 PENDING_DIR = LOGS_DIR / "pending_upload"
 FAILED_DIR = LOGS_DIR / "failed_uploads"
 PROCESSED_DIR = LOGS_DIR / "processed"
 
-# Suffixes beside a file X.json. None is longer than .ready, so whatever name had a marker has room for them.
-READY, TAKEN, STATE = ".ready", ".taken", ".state"
-REJECTED = ".rejected.json"
-TEMPORARY = ".sender.tmp"
-LOCK = LOGS_DIR / ".sender.lock"
-NO_DATA = (TEMPORARY, ".gitkeep", ".DS_Store")
-LONGEST_NAME = 255 - len(STATE)  # bytes
+READY, TAKEN, STATE, TEMPORARY = ".ready", ".taken", ".state", ".sender.tmp"
+NO_DATA = re.compile(r"(?s).*(\.state|\.taken|\.ready|\.tmp|~|\.swp|\.bak)|\.gitkeep|\.DS_Store")
 
 BLOCK = 128 * 1024  # bytes read and proved at a time: enough to be fast, and they stay in the CPU's cache
-READ_AHEAD = 1024 * 1024  # bytes; to have a smaller file read by another thread costs more than it saves
 LONGEST_PACKET = 4 * 1024 * 1024  # bytes; a longer one is damage, and not worth the memory
-LONGEST_RECORD = 64 * 1024 * 1024  # bytes; some 200 for each rejected packet
+LONGEST_RECORD = 64 * 1024 * 1024  # bytes
 REPLY_LIMIT = 8 * 1024  # bytes of a reply that are read
-EARLY_SWEEPS = 5  # ahead of their time, until a new file fails: one that brings the server down must not do so often
 RETRY_AFTER_LIMIT = 60  # seconds of a Retry-After that are honoured
+IDLE_LIMIT = 60  # seconds after which a NAT may have forgotten a connection
+REFUSED_INTERVAL = 3600  # seconds between two tries of packets that the server refused
+IN_A_ROW = 3  # packets refused in a row that are not about packets, but about the server
+TRIAL = 50  # one batch in so many tries whether the server takes twice as much again
 
 
 def check_settings() -> None:
@@ -194,78 +189,110 @@ def check_settings() -> None:
         raise ValueError("\n".join(_bad_settings))
 
 
+def _warn_of_misspelt_settings() -> None:
+    for name in sorted(_environment.keys() - os.environ.keys() - _settings.keys()):
+        for meant in difflib.get_close_matches(name, _settings, 1, 0.8):
+            logger.warning(".env: %s is no setting and is ignored; %s is", _printable(name), meant)
+
+
 # ---------------------------------------------------------------- what an upload can come to
 
 
 class Outcome(enum.Enum):
     """What one POST came to; truthy only for success. Each asks for a move of its own."""
 
-    DELIVERED = "delivered"
-    UNREACHABLE = "no connection, or a broken one: again later"
-    BUSY = "429, 502, 503, 504, the server asks for patience: again later"
-    TIMED_OUT = "no answer in time: again later, and smaller when it happens again"
-    FAULT = "500, the server is broken or chokes on a packet: again later, then as REJECTED"
-    AGAIN = "any other trouble that may pass: again later"
-    REFUSED = "the configuration is wrong, for every file"
-    TOO_LARGE = "413: a smaller batch"
-    REJECTED = "400, 422, something in this batch: a smaller batch, until the offender is alone"
-    TRY_PLAIN = "refused while compressed: the same once more, plain"
-    UNREADABLE = "the file is not an array of packets: nothing is sent"
+    DELIVERED = "2xx to the whole body, and the whole reply read"
+    AWAY = "no connection: nothing was sent; again later"
+    BUSY = "409, 425, 429, 503, the server asks for patience: again later"
+    MISCONFIGURED = "3xx, 401, 407, a bad certificate, a web page: it holds for every file"
+    UNANSWERED = "sent, but no usable answer; the server may have stored it: again later, unchanged"
+    FAULT = "500 and other 5xx: the server is broken, or chokes on a packet"
+    REJECTED = "413, 400, 422 and other 4xx: the server will not have it"
+    REFUSED = "all is delivered but single packets that the server refuses"
+    UNREADABLE = "the file is not an array of packets, or too much for the memory"
     STOPPED = "asked to stop: the next start goes on"
 
     def __bool__(self) -> bool:
         return self is Outcome.DELIVERED
 
 
-_AGAIN_LATER = (Outcome.UNREACHABLE, Outcome.BUSY, Outcome.TIMED_OUT, Outcome.FAULT, Outcome.AGAIN)
-_ENDS_SWEEP = (Outcome.UNREACHABLE, Outcome.BUSY, Outcome.TIMED_OUT, Outcome.REFUSED, Outcome.STOPPED)
+_AGAIN = (Outcome.AWAY, Outcome.BUSY, Outcome.UNANSWERED, Outcome.FAULT)
+_PERHAPS = (Outcome.FAULT, Outcome.REJECTED, Outcome.UNANSWERED)  # it may be about the batch
+_ENDS_SWEEP = (Outcome.AWAY, Outcome.BUSY, Outcome.MISCONFIGURED, Outcome.STOPPED)
 
 
 @dataclass
 class Answer:
-    """What a batch came to, in words for a person: `headline` and `detail`. Times are seconds."""
+    """What a batch came to, and why, in words for a person. Times are seconds."""
 
     outcome: Outcome
-    headline: str = ""
-    detail: str = ""
+    reason: str = ""
     retry_after: float = 0
-    took: float = 0
+    took: float = 0  # from the first byte sent
 
     def __bool__(self) -> bool:
         return bool(self.outcome)
 
-    @property
-    def reason(self) -> str:
-        return f"{self.headline}: {self.detail}" if self.detail else self.headline
-
 
 @dataclass
-class Link:
-    """What this process has learned about the server, carried from file to file."""
+class Server:
+    """What this process has learned about the server, carried from file to file. Times are time.monotonic()'s."""
 
-    batch_size: int = sys.maxsize  # what batches have shrunk to
-    plain: bool = False  # compressed requests were refused
-    kept_alive: bool = False  # the last exchange left a connection open
-    down_since: Optional[float] = None  # monotonic time of the first failure after a success
+    size: int = BATCH_SIZE  # packets in the next batch
+    limit: int = BATCH_SIZE  # packets in the largest batch that passed, where larger ones did not
+    at_limit: int = 0  # batches accepted at this limit
+    accepted: int = 0  # batches, in all
+    marks: tuple[int, int] = (0, 0)  # that number when the last two sweeps began
+    down_since: Optional[float] = None  # the first trouble after a success
     sweep_when_back: bool = False  # files have failed since the last sweep
-    sweep_now: bool = False
-    early_sweeps: int = 0  # sweeps that may still come ahead of their time
-    accepted_at: str = ""  # time of the last success, as _now() writes it
+    early_sweeps: bool = True  # after one, not before a sweep has delivered something or comes in its time
+    next_sweep: float = 0  # 0: at once
+    next_refused: float = 0  # when packets that were refused may be tried again
+    hinted: int = 0  # files that a person was told of
+    used_at: float = 0  # when the connection was last used; 0: there is none
+    started: float = 0  # when the request under way was
+    sent: bool = False  # some of it
+    cut_short: bool = False  # not all of it could be
+
+    def learn(self, packets: int, took: float) -> None:
+        """The size of the next batch by the pace of this answer; one in fifty tries more than the limit."""
+        self.limit, self.at_limit = (packets, 0) if packets > self.limit else (self.limit, self.at_limit)
+        self.at_limit += packets == self.limit
+        most = self.limit * (2 if self.at_limit == 1 or self.at_limit % TRIAL == 0 else 1)
+        bearable = int(packets * REQUEST_TIMEOUT / 2 / max(took, 1e-3))  # at the pace of this answer
+        grown = min(max(self.size, min(2 * self.size, bearable)), most, BATCH_SIZE)
+        self.size = max(1, packets // 2) if took > REQUEST_TIMEOUT / 2 else grown
+
+    def too_large(self, failed: int, passed: int) -> None:
+        """A batch of `failed` packets failed of its size; the largest piece of it that passed had `passed`."""
+        self.limit, self.at_limit = (self.limit, self.at_limit + 1) if failed > self.limit else (passed, 0)
+        self.size = self.limit
+
+    def note_success(self) -> None:
+        """After trouble, tell how long it lasted, and have the failed files swept at once."""
+        self.accepted += 1
+        if self.early_sweeps and (self.sweep_when_back or self.down_since is not None):
+            self.early_sweeps, self.sweep_when_back, self.next_sweep = False, False, 0
+        if self.down_since is not None:
+            away, self.down_since, self.next_refused = int(time.monotonic() - self.down_since), None, 0
+            logger.info("The server is back after %s; %s waiting", timedelta(seconds=away), _count(_waiting(), "file"))
+
+    def begin_sweep(self) -> None:
+        self.early_sweeps |= self.next_sweep > 0  # this one comes in its time
+        self.marks, self.sweep_when_back = (self.marks[1], self.accepted), False
+        self.next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
 
 
-_link = Link()
-_serving = 0  # calls of monitor_and_upload() under way
+_server = Server()
 _stopping = False
-_turn = threading.RLock()  # one file at a time, also where a host calls process_json_file() beside the loop
-_STAYS = "it stays in its folder and is tried again"
-_told: dict[Path, str] = {}  # trouble that lasts is told once, not at every poll
-_stale_markers: set[Path] = set()  # files that are taken, but whose markers could not be removed yet
+_resting: dict[str, tuple[float, float]] = {}  # files whose file operation failed: until when, for how long
+_unsaved: dict[str, "Record"] = {}  # the records that a full disk refuses, by their X.json
 
 
 def stop_sender() -> None:
     """Ask a running monitor_and_upload() to return: after its current request, within a second of any wait."""
     global _stopping
-    _stopping = _serving > 0  # without a loop there is nothing to stop, and a later process_json_file() is not meant
+    _stopping = True
 
 
 def _nap(seconds: float) -> bool:
@@ -276,48 +303,30 @@ def _nap(seconds: float) -> bool:
     return not _stopping
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="microseconds")  # sorts as text
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def _duration(seconds: float) -> str:
-    for unit, noun in ((86400, "day"), (3600, "hour"), (60, "minute")):
-        if seconds >= (unit if unit == 60 else 2 * unit):
-            return _count(int(seconds // unit), noun)
-    return _count(max(int(seconds), 0), "second")
+def _rest(path: str, error: Exception, consequence: str = "it is left alone for now and tried again") -> None:
+    """Let a file whose file operation failed rest, longer each time; tell of it at first, then about once a sweep."""
+    lasting = isinstance(error, NotRegular)
+    pause = min(2 * _resting.get(path, (0, 2.5))[1], RETRY_FAILED_INTERVAL)
+    if path not in _resting or (pause == RETRY_FAILED_INTERVAL and not lasting):
+        level = logging.ERROR if lasting else logging.WARNING
+        logger.log(level, "%s: %s; %s", _name(path), _reason(error), consequence)
+    _resting[path] = (time.monotonic() + pause, pause)
 
 
-def _complain(path: Path, error: Exception, consequence: str) -> None:
-    """Tell of a file operation that failed: once, for as long as it fails in the same way."""
-    text = f"{_printable(path.name)}: {_reason(error)}; {consequence}"
-    if _told.get(path) != text:
-        _told[path] = text
-        logger.error("%s", text)
-
-
-@contextlib.contextmanager
-def _complaining(path: Path, consequence: str) -> Iterator[None]:
-    """Go on after a file operation that fails, with a _complain(); once it succeeds, forget what was told."""
-    try:
-        yield
-        _told.pop(path, None)
-    except OSError as error:
-        _complain(path, error, consequence)
+def _name(path: str) -> str:
+    return _printable(os.path.basename(path))
 
 
 def _cause(error: BaseException) -> BaseException:
     """The innermost cause of an error: what happened, without the URLs that the outer ones carry."""
-    while True:
-        wrapped = (argument for argument in error.args if isinstance(argument, BaseException))  # urllib3's way
-        context = None if error.__suppress_context__ else error.__context__
-        inner = error.__cause__ or context or next(wrapped, None)
-        if inner is None:
-            return error
-        error = inner
+    wrapped = (argument for argument in error.args if isinstance(argument, BaseException))  # urllib3's way
+    context = None if error.__suppress_context__ else error.__context__
+    inner = error.__cause__ or context or next(wrapped, None)
+    return _cause(inner) if inner else error
 
 
 def _reason(error: BaseException) -> str:
@@ -329,18 +338,16 @@ def _reason(error: BaseException) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _secrets(url: str, token: str) -> list[str]:
-    """What must not be shown, longest first: the token, the URL's password and query, what goes into Authorization."""
+    """What must not be shown, longest first: the token, and what URL, .netrc and proxies hold of that kind."""
     parts = urlsplit(url)
-    credentials = ""
-    with contextlib.suppress(OSError):  # told by whoever sends
-        credentials = _session(url, token)[1].headers.get("Authorization", "").partition(" ")[2]
-    secrets = {token, credentials, parts.query, parts.password or "", unquote(parts.password or "")}
-    secrets |= {value for _, value in parse_qsl(parts.query) if len(value) > 3}
-    with contextlib.suppress(ValueError):  # not Basic, as from .netrc
-        secrets.add(base64.b64decode(credentials, validate=True).decode().partition(":")[2])
-    for respell in (quote, functools.partial(quote, safe=""), lambda secret: json.dumps(secret)[1:-1]):
-        secrets |= {respell(secret) for secret in secrets}
-    return sorted(filter(None, secrets), key=len, reverse=True)
+    secrets = [token, parts.query, parts.password or parts.username or ""]
+    secrets += [segment for segment in parts.path.split("/") if len(segment) >= 20]
+    with contextlib.suppress(OSError, ValueError):  # told by whoever sends; credentials that are not base64
+        _, post, options = _session(url, token)
+        secrets += [urlsplit(proxy).password or "" for proxy in options["proxies"].values()]
+        secrets.append(post.headers.get("Authorization", "").partition(" ")[2])
+        secrets.append(base64.b64decode(secrets[-1], validate=True).decode().partition(":")[2])
+    return sorted({s for secret in secrets for s in (secret, unquote(secret)) if s}, key=len, reverse=True)
 
 
 def _one_line(text: str) -> str:
@@ -353,43 +360,48 @@ def _one_line(text: str) -> str:
 
 def _public_url() -> str:
     url = urlsplit(SERVER_URL)
-    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+    return _one_line(f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}")
 
 
 # ---------------------------------------------------------------- where the platforms differ
 
 # Odd files are never followed, and opening one never blocks. Windows has neither these flags nor FIFOs.
 _OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
+_UID = getattr(os, "geteuid", int)()  # 0 on Windows, as st_uid is there
+_lock_fds: list[int] = []  # at most one
 
 if sys.platform == "win32":
     import msvcrt
 
     _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK)
-    _BUSY_FILE_PAUSES = (0.1,) * 20  # seconds: a virus scanner holds a new file for a moment
 
     def _lock_file(fd: int, shared: bool = False) -> None:
         os.lseek(fd, 1 << 20, os.SEEK_SET)  # a byte far behind the pid, because a locked byte cannot be read
         msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
 
-    def _sync_folder(folder: Path) -> None:
-        """Windows cannot flush a folder; NTFS keeps its renames in order by its journal."""
-
 else:
     import fcntl
 
     _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-    _BUSY_FILE_PAUSES: tuple[float, ...] = ()
 
     def _lock_file(fd: int, shared: bool = False) -> None:
         fcntl.flock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
 
-    def _sync_folder(folder: Path) -> None:
-        with contextlib.suppress(OSError):  # some filesystems cannot; the step itself has been made
-            fd = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+    def _close_lock() -> None:
+        while _lock_fds:
+            os.close(_lock_fds.pop())
+
+    os.register_at_fork(after_in_child=_close_lock)  # else a child of the host keeps the lock alive
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename in `folder` last. Windows cannot open a folder; NTFS keeps renames in order by its journal."""
+    with contextlib.suppress(OSError):  # some filesystems cannot; the step itself has been made
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 # ---------------------------------------------------------------- the spool's files
@@ -398,11 +410,11 @@ else:
 class NotRegular(OSError):
     """A symlink, FIFO, folder or device stands where a file should."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(errno.EINVAL, "not a regular file, refused", str(path))
+    def __init__(self, path: str) -> None:
+        super().__init__(errno.EINVAL, "not a regular file, refused", path)
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def _open_regular(path: str) -> BinaryIO:
     """Open a regular file. Checked before (a device may act on being opened) and after (it may be swapped)."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise NotRegular(path)
@@ -413,7 +425,12 @@ def _open_regular(path: Path) -> BinaryIO:
     return file
 
 
-def _exists(path: Path) -> bool:
+def _create(path: str) -> int:
+    """A new file of the owner's alone: never through a link, never over another one."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
+
+
+def _exists(path: str) -> bool:
     """lexists() that raises OSError where it cannot tell; that one says no, and a rename would overwrite."""
     try:
         os.lstat(path)
@@ -422,195 +439,136 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
+def _free_path(folder: Path, name: str) -> str:
+    """Where `name` can go in `folder` without overwriting: X.json, X.1.json, …, found by doubling, then by halves."""
+    stem, suffix = os.path.splitext(os.path.join(folder, name))
+
+    def paths(number: int) -> str:
+        return f"{stem}.{number}{suffix}" if number else stem + suffix
+
+    taken, free = -1, 0  # numbers
+    while _exists(paths(free)):
+        taken, free = free, 2 * free + 1
+    while free - taken > 1:
+        middle = (taken + free) // 2
+        taken, free = (middle, free) if _exists(paths(middle)) else (taken, middle)
+    return paths(free)
 
 
-def _free_path(folder: Path, name: str, rejected: bytes = b"") -> Path:
-    """Where `name` can go in `folder` without overwriting: X.json, X.1.json, … (X.rejected.json for `rejected` ones).
-
-    A file that holds just those counts as free: a crash came between its writing and the note of it.
-    """
-    stem, suffix = os.path.splitext(name)
-    number = -1
-    while True:
-        number += 1
-        tail = (f".{number}" if number else "") + (REJECTED if rejected else suffix)
-        while stem and tail != suffix and len(os.fsencode(stem + tail)) > LONGEST_NAME:
-            stem = stem[:-1]
-        path = folder / (stem + tail)
-        if folder == FAILED_DIR and not rejected and path.name.endswith(REJECTED):
-            continue  # a capture by that name would pass for set-aside packets, and never be swept
-        if not _exists(path):
-            if folder != FAILED_DIR or not _exists(_beside(path, STATE)) or _has_record(path):
-                return path
-        elif rejected:
-            with contextlib.suppress(OSError), _open_regular(path) as file:
-                if file.read() == rejected:
-                    return path
-
-
-def _has_record(path: Path) -> bool:
-    """Whether X.json.state is ours: a record, or the reasons beside set-aside packets."""
-    with contextlib.suppress(OSError, *_DAMAGED):
-        Progress.read(path)
-        return True
-    with contextlib.suppress(OSError, *_DAMAGED), _open_regular(_beside(path, STATE)) as file:
-        content = json.loads(file.read(LONGEST_RECORD))
-        return isinstance(content, dict) and content.keys() == {"file", "rejected"}
-    return False
-
-
-def _rename(step: Callable[[Path, Path], None], source: Path, target: Path) -> None:
-    for pause in _BUSY_FILE_PAUSES:
-        try:
-            return step(source, target)
-        except PermissionError:
-            time.sleep(pause)
-    return step(source, target)
-
-
-def _move(source: Path, target: Path) -> None:
+def _move(source: str, target: str) -> None:
     """Rename, durably: once this has returned, no power cut brings the old name back."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _rename(os.rename, source, target)
-    _sync_folder(target.parent)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace a file atomically and durably: at any moment `path` holds the old content or the new, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(TEMPORARY)
     try:
-        _remove(temporary)
-        with open(temporary, "xb") as file:  # never through a link, never into a FIFO
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: a power cut could else leave the new name without content
-        _rename(os.replace, temporary, path)
-    except OSError:
-        _remove(temporary)
-        raise
-    _sync_folder(path.parent)
+        os.rename(source, target)
+    except FileNotFoundError:  # the folder has vanished
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.rename(source, target)
+    _sync_folder(os.path.dirname(target))
 
 
-def _remove(path: Path) -> None:
+def _remove(path: str) -> None:
     """Remove a file of ours that nobody needs any more; where that fails, a later sweep removes it."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
 
 @dataclass
-class Progress:
+class Record:
     """How far one file got: the content of X.json.state, for the next round and for the person who asks."""
 
     size: int  # bytes
     mtime_ns: int  # with `size`: the file that this belongs to
     packets: int = -1  # in the file; -1 until it has been read
     uploaded: int = 0  # packets done with, from the file's beginning
-    batch_size: int = 1
-    attempts: int = 0  # rounds that failed
+    batch_size: int = BATCH_SIZE  # packets in the batch that goes out behind them
+    refused: list[int] = field(default_factory=list)  # packets (counted from 0) that the server refused alone
+    rounds: int = 0  # that failed
+    in_a_row: int = IN_A_ROW  # so many packets refused in a row mean that it is not about packets
+    unanswered: bool = False  # a whole round ended without an answer to this very batch
+    unreadable: bool = False  # no capture: not read again until it changes
     last_error: str = ""
     time: str = ""  # of the last failure, UTC
-    unreadable: bool = False  # not JSON: not read again until it changes
-    timed_out_to: int = 0  # end of the batch on which a round ended with a time-out
-    fault_to: int = 0  # the same with a 500
-    set_aside: int = 0  # packets of the file in X.rejected.json
-    rejected: list[tuple[int, str]] = field(default_factory=list)  # a packet's index, the server's reason
 
-    def next_batch(self) -> tuple[int, int]:
-        return self.uploaded, self.batch_size
+    @property
+    def sent(self) -> bool:
+        """Whether every packet has been delivered or refused."""
+        return self.uploaded == self.packets
 
     def belongs_to(self, status: os.stat_result) -> bool:
         return (self.size, self.mtime_ns) == (status.st_size, status.st_mtime_ns)
 
-    def to_json(self) -> bytes:
-        return json.dumps(vars(self), ensure_ascii=False).encode(errors="surrogatepass")
-
     @classmethod
-    def read(cls, path: Path) -> "Progress":
-        """The record of X.json. Raises OSError, and one of _DAMAGED for what to_json() cannot have written."""
-        text = _unsaved.get(path)
-        if text is None:
-            with _open_regular(_beside(path, STATE)) as file:
-                text = file.read(LONGEST_RECORD)
-        progress = cls(**json.loads(text))
-        blank = cls(0, 0)
-        if any(type(value) is not type(getattr(blank, name)) for name, value in vars(progress).items()):
+    def read(cls, path: str) -> "Record":
+        """A record from disk. Raises OSError, and one of _DAMAGED for what save() cannot have written."""
+        if os.lstat(path).st_uid != _UID:
+            raise ValueError("it belongs to another user")
+        with _open_regular(path) as file:
+            record, blank = cls(**json.loads(file.read(LONGEST_RECORD))), cls(0, 0)
+        if any(type(value) is not type(getattr(blank, name)) for name, value in vars(record).items()):
             raise TypeError("wrong types")
-        if not 0 <= progress.uploaded <= max(progress.packets, 0) <= progress.size or progress.batch_size < 1:
+        numbers = [number for number in record.refused if number in range(record.uploaded)]
+        in_order = 0 <= record.uploaded <= max(record.packets, 0) <= record.size and record.batch_size > 0
+        if not in_order or record.refused != sorted(set(numbers)):
             raise ValueError("wrong numbers")
-        if max(progress.size, progress.attempts, progress.timed_out_to, progress.fault_to) > sys.maxsize:
-            raise ValueError("absurd numbers")
-        progress.rejected = [(range(progress.uploaded)[index], str(why)) for index, why in progress.rejected]
-        return progress
+        return record
+
+    def save(self, path: str) -> None:
+        """Replace X.json.state: at any moment it holds the old content or the new, whole.
+
+        A disk that refuses it stops no upload: the record is kept in memory until the disk takes it.
+        """
+        folder, _unsaved[path] = os.path.dirname(path), self
+        temporary = os.path.join(folder, TEMPORARY)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            _remove(temporary)
+            with open(_create(temporary), "wb") as file:
+                file.write(json.dumps(asdict(self)).encode())
+                file.flush()
+                os.fsync(file.fileno())  # before the rename: a power cut could else leave the name without content
+            os.replace(temporary, path + STATE)
+            _sync_folder(folder)
+            del _unsaved[path]
+        except OSError as error:
+            _remove(temporary)
+            _rest(path + STATE, error, "the upload goes on, but a crash now would send packets again")
 
 
-_DAMAGED = (NotRegular, ValueError, TypeError, IndexError, RecursionError)  # what a record can be that is not ours
-_unsaved: dict[Path, bytes] = {}  # the records that a full disk refuses, by their X.json
-_unmoved: dict[Path, Answer] = {}  # why files failed that failed_uploads/ does not take
+_DAMAGED = (NotRegular, ValueError, TypeError, RecursionError)  # what a record can be that is not ours
 
 
-def _load_progress(path: Path, data: Path) -> Progress:
-    """The progress of X.json: from its record, if that belongs to this very `data`, else a fresh one.
+def _load(path: str, data: str) -> Record:
+    """The record of X.json, if it belongs to this very `data`, else a fresh one.
 
     Raises OSError where the record is there but cannot be read now: to start afresh would send packets again.
     """
     status = os.lstat(data)
-    fresh = Progress(status.st_size, status.st_mtime_ns, batch_size=min(_link.batch_size, BATCH_SIZE))
+    record = _unsaved.get(path)
     try:
-        progress = Progress.read(path)
+        record = record or Record.read(path + STATE)
+    except FileNotFoundError:
+        pass
     except _DAMAGED as error:
-        what = "this record is damaged and ignored, the upload starts from the first packet"
-        _complain(_beside(path, STATE), error, what)
-        return fresh
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):  # the latter: put there by hand, with no room for one
-            return fresh
-        raise
-    if progress.time > _now():  # a clock was wrong
-        progress.time = ""
-    return progress if progress.belongs_to(status) else fresh
+        _rest(path + STATE, error, "this record is ignored, the upload starts from the first packet")
+    return record if record and record.belongs_to(status) else Record(status.st_size, status.st_mtime_ns)
 
 
-def _save_progress(path: Path, progress: Progress, tell: bool = True) -> None:
-    """Write the record. A disk that refuses it stops no upload: it is kept in memory until the disk takes it."""
-    record, _unsaved[path] = _beside(path, STATE), progress.to_json()
-    try:
-        _write(record, _unsaved[path])
-        del _unsaved[path]
-        _told.pop(record, None)
-    except OSError as error:
-        if tell:
-            _complain(record, error, "the upload goes on, but a crash now would send packets again")
-
-
-def _forget(path: Path) -> None:
+def _forget(path: str) -> None:
     _unsaved.pop(path, None)
-    _told.pop(_beside(path, STATE), None)
-    _remove(_beside(path, STATE))
+    _remove(path + STATE)
 
 
 # ---------------------------------------------------------------- reading
 
-
-class Batch(NamedTuple):
-    """One request's worth of packets: `body` is a JSON array of so many `packets`."""
-
-    body: bytes
-    packets: int
-    label: str = ""  # "X.json: ", for the log
-    progress: str = ""  # " (3,000/20,000 packets)", once this batch is delivered
-    attempts: int = 1
-
-
-Packets = Union[list[dict[str, Any]], Batch]
-
 _WHITE = b" \t\r\n"
 _DELIMITER = re.compile(r"[ \t\r\n]*([,\]])[ \t\r\n]*")
-_SEPARATOR = re.compile(rb'\}[ \t\r\n]{0,32},[ \t\r\n]{0,32}(\{[ \t\r\n]{0,32}"\w)')
+_SEPARATOR = re.compile(rb'\}[ \t\r\n]{0,32},[ \t\r\n]{0,32}(\{[ \t\r\n]{0,32}"\w{1,32}")')
 _LONG_NUMBER = re.compile(rb"\d{16}")  # of more than 2,000 digits, in every 128th byte
 _COUNT = "SELECT CASE WHEN json_valid(?1) THEN json_array_length(?1) END"
+_COUNT_OBJECTS = "SELECT min(type = 'object') * count(*) FROM json_each(CASE WHEN json_valid(?1) THEN ?1 END)"
+
+
+class NotACapture(ValueError):
+    """The file is not one UTF-8 JSON array of objects: the reason, and the place."""
 
 
 def _no_constant(name: str) -> None:
@@ -620,11 +578,11 @@ def _no_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=len, parse_constant=_no_constant)  # only finds ends: builds no dicts
 
 
-def _walk(data: bytes, last: bool, limit: int) -> tuple[list[int], int, bool]:
+def _walk(data: bytes, last: bool, limit: int, number: int = 0, base: int = 0) -> tuple[list[int], int, bool]:
     """Step from packet to packet, decoding each; stop before one that goes on in the next block.
 
-    Returns where each starts, how many bytes they take, and whether the array ends there. Raises ValueError(reason,
-    packets of the block before it, its place in the block).
+    Returns where each starts, how many bytes they take, and whether the array ends there. `number` and `base` say
+    which packet of the file, and which byte, the block begins with.
     """
     text = data.decode("latin-1")  # a character a byte, so that positions are offsets; UTF-8 is checked below
     starts: list[int] = []
@@ -642,73 +600,59 @@ def _walk(data: bytes, last: bool, limit: int) -> tuple[list[int], int, bool]:
     except (ValueError, RecursionError) as error:
         if last or len(data) - at > LONGEST_PACKET:
             reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-            raise ValueError(reason, len(starts), getattr(error, "pos", at)) from None
+            where = f"(packet {number + len(starts) + 1:,}, byte {base + getattr(error, 'pos', at):,})"
+            raise NotACapture(f"{reason} {where}") from None
     try:
         data[:at].decode()
     except UnicodeDecodeError as error:
-        before = sum(start <= error.start for start in starts) - 1
-        raise ValueError(f"not UTF-8, {error.reason}", before, error.start) from None
+        where = f"(packet {number + bisect.bisect(starts, error.start):,}, byte {base + error.start:,})"
+        raise NotACapture(f"not UTF-8, {error.reason} {where}") from None
     return starts, at, closed
 
 
-class _Leap:
-    """Takes all packets of a block at once, where it can be proved that `separator` stands between all of them.
+@functools.lru_cache(maxsize=1)
+def _sqlite() -> "sqlite3.Connection":
+    return sqlite3.connect(":memory:", check_same_thread=False)  # for one caller at a time
 
-    The proof. In brackets the text is valid JSON, and it begins with an object. Wherever a comma follows a closing
-    brace, that is the separator (`odd` finds any other), so what follows an object in the array is an object: all are.
-    Without a bracket in the text there is no other array. And no separator lies in a string: it ends in a quote and a
-    letter; the quote would close the string, and no letter follows a string. So each is a boundary, and there are no
-    others. SQLite's parser, five times as fast as json's, is kept from what it sees with other eyes: a NUL would end
-    its text, Python refuses an integer of thousands of digits, and both refuse deep nesting, but not the same depth.
+
+def _prove(text: bytes, separator: bytes) -> int:
+    """How many packets `text` is, with `separator` between all of them; 0 where that is not proved.
+
+    SQLite's parser, five times as fast as json's, says that the text in brackets is a JSON array, and how long. No
+    separator lies in a string: it ends in a quote, a word and a quote; the first quote would close the string, and no
+    word follows one. Nor in another array, where the text has no bracket. So with one separator less than elements,
+    each boundary is one, and each element an object. Where it has brackets, SQLite looks at the elements' types; a
+    separator in an array within a packet can then stand in for an odd boundary, but the text before it is no array.
+    SQLite is kept from what it sees with other eyes: a NUL ends its text, Python refuses integers of 4,300 digits.
     """
-
-    def __init__(self, separator: re.Match[bytes]) -> None:
-        self.separator = separator[0]
-        self.tail = len(separator[1])  # of the separator, what belongs to the packet behind it
-        self.find = re.compile(re.escape(separator[0]))
-        self.odd = re.compile(rb"\}(?!%s)(?:,|[ \t\r\n]+[,}]|\}{20})" % re.escape(separator[0][1:]))
-        self.database = sqlite3.connect(":memory:")
-
-    def take(self, data: bytes, last: bool) -> Optional[tuple[int, int, bool]]:
-        """How many packets there are, how many bytes they take, and whether the array ends there."""
-        if last:
-            body, used = data.rstrip(_WHITE), len(data)
-            body = body[:-1].rstrip(_WHITE) if body.endswith(b"]") else b""
-        else:
-            cut = data.rfind(self.separator)
-            body, used = data[: cut + 1], cut + len(self.separator) - self.tail
-        if not body.startswith(b"{") or b"[" in body or b"\0" in body:
-            return None
-        if self.odd.search(body) or _LONG_NUMBER.search(body[::128]):
-            return None
-        try:
-            (count,) = self.database.execute(_COUNT, (f"[{body.decode()}]",)).fetchone()
-        except (UnicodeDecodeError, sqlite3.Error):
-            return None
-        return (count, used, last) if count else None
+    if not text.startswith(b"{") or b"\0" in text or _LONG_NUMBER.search(text[::128]):
+        return 0
+    try:
+        query = _COUNT_OBJECTS if b"[" in text else _COUNT
+        count = _sqlite().execute(query, (f"[{text.decode()}]",)).fetchone()[0]
+    except (UnicodeDecodeError, sqlite3.Error):
+        return 0
+    return count if count and count == text.count(separator) + 1 else 0
 
 
-def _changed(path: Path) -> OSError:
-    return OSError(errno.EBUSY, "it changed while it was read", str(path))
-
-
-class NotACapture(ValueError):
-    """The file is not one UTF-8 JSON array of objects: the reason, and the place."""
+def _changed(path: str) -> OSError:
+    return OSError(errno.EBUSY, "it changed while it was read", path)
 
 
 class Capture(contextlib.AbstractContextManager["Capture"]):
     """A capture file, open, from which batches are cut.
 
     Made only when the whole file is proved to be one UTF-8 JSON array of objects; raises NotACapture otherwise, and
-    OSError. In memory is one mark for each block of packets.
+    OSError. Valid pieces make a valid whole: it is read block by block, each cut at its last separator, and what is
+    before the cut proved. In memory is one mark for each block of packets.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = _open_regular(path)
-        self._numbers, self._offsets = array("Q"), array("Q")  # marks: packet number, byte offset; at last the end
-        self._leapt = bytearray()  # whether all packets behind a mark have the leap's separator between them
-        self._leap: Optional[_Leap] = None
+    def __init__(self, path: str) -> None:
+        self._path, self._file = path, _open_regular(path)
+        self._numbers: list[int] = []  # marks: a packet's number,
+        self._offsets: list[int] = []  # and its byte offset; at last the end
+        self._separator = b""  # what stands between two packets, and all others of most files
+        self._tail = 0  # of the separator, what belongs to the packet behind it
         self._last = (-1, 0)  # the last batch's end, packet number and byte offset: mostly the next one's beginning
         try:
             self.status = os.fstat(self._file.fileno())
@@ -716,9 +660,6 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         except BaseException:
             self._file.close()
             raise
-        finally:
-            if self._leap:
-                self._leap.database.close()  # in the thread to which it belongs
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
@@ -733,46 +674,44 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         return rest, base + len(data) - len(rest)
 
     def _index(self) -> None:
-        data = self._file.read(len(codecs.BOM_UTF8))
-        data, base = (b"", len(data)) if data == codecs.BOM_UTF8 else (data, 0)  # let pass (RFC 8259, section 8.1)
+        data = self._file.read(3)
+        data, base = (b"", 3) if data == b"\xef\xbb\xbf" else (data, 0)  # a mark let pass (RFC 8259, section 8.1)
         data, base = self._skip_white(data, base)
         if not data.startswith(b"["):
             what = "which begins with '['" if data else "but the file is empty"
             raise NotACapture(f"Expecting an array of packets, {what} (byte {base:,})")
         data, base = self._skip_white(data[1:], base + 1)
-        closed = data.startswith(b"]")
-        if closed:
-            data, base = data[1:], base + 1
-        number = 0
-        limit = 2 if sqlite3 else sys.maxsize  # two packets show what separates them
+        number, closed = 0, data.startswith(b"]")
+        data, base = data[closed:], base + closed
         while not closed:
             more = self._file.read(max(BLOCK, len(data)))  # twice as much while not one packet fits
             data, base = self._skip_white(data + more, base)
-            try:
-                leapt = self._leap and self._leap.take(data, not more)
-                if leapt:
-                    count, used, closed = leapt
-                else:
-                    starts, used, closed = _walk(data, not more, limit)
-                    count = len(starts)
-            except ValueError as error:
-                reason, before, at = error.args
-                raise NotACapture(f"{reason} (packet {number + before + 1:,}, byte {base + at:,})") from None
-            if limit == count == 2:
-                limit = sys.maxsize
-                separator = _SEPARATOR.match(data, data.rfind(b"}", 0, starts[1]))
-                self._leap = _Leap(separator) if separator else None
+            count, used, closed = self._packets(data, not more, number, base)
             if count:
                 self._numbers.append(number)
                 self._offsets.append(base)
-                self._leapt.append(bool(leapt))
-            number += count
-            data, base = data[used:], base + used
+            number, data, base = number + count, data[used:], base + used
         data, base = self._skip_white(data, base)
         if data:
             raise NotACapture(f"Extra data after the array (byte {base:,})")
         self._numbers.append(number)
         self._offsets.append(base)
+
+    def _packets(self, data: bytes, last: bool, number: int, base: int) -> tuple[int, int, bool]:
+        """Of a block: how many packets are whole in it, how many bytes they take, and whether the array ends there."""
+        if self._separator:
+            cut = data.rfind(self._separator)
+            body, used = data[: cut + 1], cut + len(self._separator) - self._tail
+            if last:
+                body, used = data.rstrip(_WHITE), len(data)
+                body = body[:-1].rstrip(_WHITE) if body.endswith(b"]") else b""
+            if count := _prove(body, self._separator):
+                return count, used, last
+        seek = sqlite3 is not None and not self._separator  # the first two packets show what separates them
+        starts, used, closed = _walk(data, last, 2 if seek and not number else sys.maxsize, number, base)
+        if seek and len(starts) > 1 and (match := _SEPARATOR.match(data, data.rfind(b"}", 0, starts[1]))):
+            self._separator, self._tail = match[0], len(match[1])
+        return len(starts), used, closed
 
     def _offset(self, number: int) -> int:
         """Where packet `number` starts: at a mark, or so many packets behind it."""
@@ -781,63 +720,30 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         if not behind:
             return offset
         self._file.seek(offset)
-        block = self._file.read(self._offsets[mark + 1] - offset)
+        block, at = self._file.read(self._offsets[mark + 1] - offset), -1
+        for _ in range(behind if self._separator else 0):
+            at = block.find(self._separator, at + 1)
+        if at >= 0 and _prove(block[: at + 1], self._separator) == behind:
+            return offset + at + len(self._separator) - self._tail
         try:
-            if self._leap and self._leapt[mark]:
-                cut = next(itertools.islice(self._leap.find.finditer(block), behind - 1, None))
-                return offset + cut.end() - self._leap.tail
             return offset + _walk(block, False, behind + 1)[0][behind]
-        except (ValueError, IndexError, StopIteration):
+        except (NotACapture, IndexError):
             raise _changed(self._path) from None
 
     def cut(self, start: int, stop: int) -> bytes:
         """Packets `start` to `stop` as a JSON array: their bytes, and what stands between them, as in the file."""
         begin = self._last[1] if start == self._last[0] else self._offset(start)
-        end = self._offset(stop)
-        self._last = (stop, end)
+        self._last = (stop, self._offset(stop))
         self._file.seek(begin)
-        text = self._file.read(end - begin)
-        status = os.fstat(self._file.fileno())
-        if (status.st_size, status.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+        text = self._file.read(self._last[1] - begin)
+        if not Record(self.status.st_size, self.status.st_mtime_ns).belongs_to(os.fstat(self._file.fileno())):
             raise _changed(self._path)  # what was proved is no more
         return b"".join((b"[", memoryview(text)[: text.rfind(b"}") + 1], b"]"))
 
 
-_ahead: dict[Path, "Future[Capture]"] = {}  # taken files that another thread reads
-
-
-def _read_in_background(path: Path) -> "Future[Capture]":
-    future: Future[Capture] = Future()
-
-    def read() -> None:
-        try:
-            future.set_result(Capture(path))
-        except BaseException as error:  # raised where the capture is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=read, daemon=True).start()
-    return future
-
-
-def _capture(path: Path) -> Capture:
-    ahead = _ahead.pop(path, None)
-    return ahead.result() if ahead else Capture(path)
-
-
-def _forget_ahead(path: Path) -> None:
-    """Close what has been read and was not needed, now or when its reader is done."""
-
-    def close(ahead: "Future[Capture]") -> None:
-        with contextlib.suppress(OSError, NotACapture), ahead.result():
-            pass
-
-    if ahead := _ahead.pop(path, None):
-        ahead.add_done_callback(close)
-
-
 def read_json_file(json_path: AnyPath) -> list[dict[str, Any]]:
     """The whole file as a list of packet dicts. Raises ValueError with the reason if it is no JSON array of objects."""
-    with Capture(Path(json_path)) as capture:
+    with Capture(os.fspath(json_path)) as capture:
         try:
             packets: list[dict[str, Any]] = json.loads(capture.cut(0, len(capture)))
         except RecursionError:  # SQLite's limit for nesting is the higher one
@@ -848,22 +754,33 @@ def read_json_file(json_path: AnyPath) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- one upload
 
 
-class _Countdown(io.RawIOBase):
+class Batch(NamedTuple):
+    """One request's worth of packets: `body` is a JSON array of so many `packets`."""
+
+    body: bytes
+    packets: int
+    attempts: int = MAX_RETRIES
+    label: str = ""  # "X.json: ", for the log
+    progress: str = ""  # " (3,000/20,000 packets)", once this batch is delivered
+    suspected: tuple[Outcome, ...] = ()  # outcomes that the caller looks into, and tells of
+    searching: bool = False  # a piece of a suspected batch
+
+
+Packets = Union[list[dict[str, Any]], Batch]
+
+
+class _Timed(io.RawIOBase):
     """The read side of a socket whose time-out holds for a whole reply; a socket's own starts anew with every byte."""
 
     def __init__(self, sock: socket.socket, raw: Any) -> None:
-        self._sock, self._raw = sock, raw
-        self._end = time.monotonic() + (sock.gettimeout() or REQUEST_TIMEOUT)
+        self._sock, self._raw, self._end = sock, raw, time.monotonic() + (sock.gettimeout() or REQUEST_TIMEOUT)
         self.ended = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> Optional[int]:
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        self._sock.settimeout(left)
+        self._sock.settimeout(max(self._end - time.monotonic(), 1e-3))
         received: Optional[int] = self._raw.readinto(buffer)
         self.ended = received == 0
         return received
@@ -876,47 +793,62 @@ class _Countdown(io.RawIOBase):
 class _Reply(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self._wire = _Countdown(sock, self.fp.detach())
+        self._wire = _Timed(sock, self.fp.detach())
         self.fp = io.BufferedReader(self._wire)
 
     def begin(self) -> None:
         super().begin()
-        while self.status in (102, 103):  # not yet the answer (RFC 9110, section 15.2); http.client skips 100 alone
-            self.headers = self.msg = None  # type: ignore[assignment]
-            super().begin()
         if self._wire.ended:  # http.client takes headers that were cut off for whole ones
             raise http.client.HTTPException("the reply ends within its headers")
-        self.headers.defects.clear()  # urllib3 would log them, with a traceback and the whole URL
-        self.headers.set_payload("")
+
+
+class _Connection:
+    """Mixed into urllib3's connections: notes in _server what becomes of the request under way."""
+
+    response_class = _Reply
+    sock: Any
+
+    def connect(self) -> None:
+        super().connect()  # type: ignore[misc]
+        _server.started = time.monotonic()  # connecting is not slowness
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        _server.sent = True
+        try:
+            super().send(data)  # type: ignore[misc]
+        except socket.timeout:
+            raise
+        except OSError:  # SSLEOFError, too. The server may have answered and closed: after this error urllib3 reads on
+            _server.cut_short = True
+            raise BrokenPipeError(errno.EPIPE, "the server closed before the whole request was sent") from None
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
-    """requests' own adapter for the one server, with its pool looked up once and replies that cannot drip for ever."""
-
-    _pool: Any = None
+    """requests' own adapter, with connections and replies of the above kinds."""
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        if self._pool is None:
-            try:
-                self._pool = super().get_connection_with_tls_context(*args, **kwargs)
-            except requests.RequestException:
+        try:
+            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, requests.RequestException):
                 raise
-            except (TypeError, ValueError):
-                raise requests.exceptions.InvalidProxyURL("the environment's proxy has a malformed URL") from None
-            self._pool.ConnectionCls = type("Connection", (self._pool.ConnectionCls,), {"response_class": _Reply})
-        return self._pool
+            raise requests.exceptions.InvalidProxyURL("the environment's proxy has a malformed URL") from None
+        if not issubclass(pool.ConnectionCls, _Connection):
+            pool.ConnectionCls = type("Connection", (_Connection, pool.ConnectionCls), {})
+        return pool
 
 
 @functools.lru_cache(maxsize=1)
-def _session(url: str, token: str) -> tuple["functools.partial[requests.Response]", requests.PreparedRequest]:
-    """What sends through the one session, and a prepared POST.
+def _session(url: str, token: str) -> tuple[_Adapter, requests.PreparedRequest, dict[str, Any]]:
+    """What sends through the one session, a prepared POST, and the options to send it with.
 
     Proxies, CA bundle and .netrc are looked up here, once; a session does so at every request, at half of its cost.
     It is the session's adapter that sends: the session would read a redirect's endless body to its end. So redirects
     are not followed: a POST would become a GET, and a login page's 200 would look like success.
     """
     session = requests.Session()
-    session.mount(url, _Adapter())
     session.headers.clear()  # of requests' own none is needed
     headers = {"Content-Type": "application/json", "User-Agent": f"sender.py/{__version__}"}
     if token:
@@ -928,110 +860,137 @@ def _session(url: str, token: str) -> tuple["functools.partial[requests.Response
     except ValueError:  # not with its text: it may quote a password
         raise OSError(errno.EINVAL, "the .netrc, or the URL's password, has a character that cannot be sent") from None
     bundle = _environment.get("REQUESTS_CA_BUNDLE") or None  # requests does not know .env
-    arguments: Any = session.merge_environment_settings(url, {}, True, bundle, None)
-    return functools.partial(session.get_adapter(url).send, **arguments), post
+    return _Adapter(), post, dict(session.merge_environment_settings(url, {}, True, bundle, None))
 
 
-def _post(batch: Batch, compress: bool) -> tuple[int, Any, str]:
+def _send(request: requests.PreparedRequest, timeout: float) -> requests.Response:
+    """Send over the one connection. Raises OSError (requests' exceptions are such) and urllib3's HTTPError."""
+    adapter, _, options = _session(SERVER_URL, API_TOKEN)
+    now = time.monotonic()
+    idle, _server.used_at = now - (_server.used_at or now), 0
+    if idle > IDLE_LIMIT:
+        adapter.close()
+    _server.started, _server.sent, _server.cut_short = now, False, False
+    try:
+        return adapter.send(request, timeout=timeout, **options)
+    except requests.ConnectionError as error:
+        if not 1 <= idle <= IDLE_LIMIT or not isinstance(_cause(error), (ConnectionError, ssl.SSLEOFError)):
+            raise
+    # The server closed the idle connection at the very moment that it was used again. That is no failure, and the key
+    # makes it safe to send once more at once (RFC 9110, section 9.2.2). What becomes of this is judged by itself.
+    _server.started, _server.sent, _server.cut_short = time.monotonic(), False, False
+    return adapter.send(request, timeout=timeout, **options)
+
+
+def _post(batch: Batch) -> tuple[int, Any, str]:
     """One POST: status, headers and the beginning of the reply's text. Raises OSError and urllib3's HTTPError."""
-    send, post = _session(SERVER_URL, API_TOKEN)
-    request = post.copy()
+    request = _session(SERVER_URL, API_TOKEN)[1].copy()
     request.headers["Idempotency-Key"] = f'"{hashlib.sha256(batch.body).hexdigest()}"'
-    request.body = gzip.compress(batch.body, 6, mtime=0) if compress else batch.body
-    if compress:
+    request.body = batch.body
+    if COMPRESS == "gzip":
+        request.body = gzip.compress(batch.body, 6, mtime=0)
         request.headers["Content-Encoding"] = "gzip"
     request.headers["Content-Length"] = str(len(request.body))
-    reused, _link.kept_alive = _link.kept_alive, False
-    try:
-        response = send(request, timeout=REQUEST_TIMEOUT)
-    except requests.ConnectionError as error:
-        # A server may close an idle connection at the very moment that it is used again. That is no failure, and the
-        # key makes it safe to send once more at once (RFC 9110, section 9.2.2).
-        if not (reused and isinstance(_cause(error), (ConnectionError, ssl.SSLEOFError))):
-            raise
-        response = send(request, timeout=REQUEST_TIMEOUT)
+    response, text = _send(request, REQUEST_TIMEOUT), b""
+    success = 200 <= response.status_code < 300
     with contextlib.closing(response.raw):  # what is not read to its end is not kept alive
         response.raw.enforce_content_length = True  # urllib3 1 does not do so by itself
         try:
-            text = b""
             while more := response.raw.read(REPLY_LIMIT - len(text), decode_content=False):
                 text += more
-        except (OSError, HTTPError):
-            if 200 <= response.status_code < 300:  # success counts only when it has arrived whole
-                raise
-            text = b""
-        else:
             closes = response.headers.get("Connection", "").lower() == "close" or response.raw.version == 10
-            _link.kept_alive = len(text) < REPLY_LIMIT and not closes
-        return response.status_code, response.headers, text.decode(errors="replace")
+            _server.used_at = 0 if closes or len(text) == REPLY_LIMIT else time.monotonic()
+        except (OSError, HTTPError):
+            if success:  # it counts only when it has arrived whole
+                raise
+    if success and _server.cut_short:
+        raise ConnectionError(errno.EPIPE, "success was answered before the whole batch was sent")
+    return response.status_code, response.headers, text.decode(errors="replace")
 
 
-def _classify(status: int, compressed: bool) -> Outcome:
+def _classify(status: int, text: str) -> Outcome:
     """The one place that knows HTTP's status codes."""
     if 200 <= status < 300:
-        return Outcome.DELIVERED
-    if compressed and status in (400, 415, 422):
-        return Outcome.TRY_PLAIN
-    if status == 413:
-        return Outcome.TOO_LARGE
-    if status in (400, 422):
-        return Outcome.REJECTED
-    if status in (429, 502, 503, 504):
+        page = text.lstrip("\ufeff \t\r\n").lower().startswith(("<!doctype html", "<html"))
+        return Outcome.MISCONFIGURED if page else Outcome.DELIVERED
+    if status in (409, 425, 429, 503):
         return Outcome.BUSY
-    if status == 500:
-        return Outcome.FAULT
-    if status in (408, 409, 425) or status > 500:
-        return Outcome.AGAIN
-    return Outcome.REFUSED
+    if status in (401, 407) or 300 <= status < 400:
+        return Outcome.MISCONFIGURED
+    if status in (408, 502, 504):
+        return Outcome.UNANSWERED
+    return Outcome.REJECTED if 400 <= status < 500 else Outcome.FAULT
+
+
+def _advice(status: int, location: str = "") -> str:
+    """What a person is to look at."""
+    if 200 <= status < 300:
+        return "a web page instead of a receipt, check SERVER_URL, or whether the network wants a login"
+    if 300 <= status < 400:
+        return f"check SERVER_URL, the server points to {_one_line(location) or 'nowhere'}"
+    if status == 407:
+        return f"the proxy {_proxies()} wants a user and password, in HTTP_PROXY or HTTPS_PROXY"
+    if COMPRESS == "gzip" and status in (400, 406, 415, 422):
+        return "check COMPRESS, the server may not take gzip"
+    return {401: "check API_TOKEN", 403: "check API_TOKEN", 404: "check SERVER_URL", 405: "check SERVER_URL"}.get(
+        status, ""
+    )
+
+
+def _proxies() -> str:
+    return _one_line(
+        " or ".join({p.rpartition("@")[2] for p in _session(SERVER_URL, API_TOKEN)[2]["proxies"].values()})
+    )
 
 
 def _retry_after(value: str) -> float:
-    """Seconds that a Retry-After header asks for (RFC 9110, section 10.2.3: a number or a date); 0 for nonsense."""
+    """Seconds that a Retry-After asks for (RFC 9110, section 10.2.3: a number or a date); 0 for nonsense."""
     try:
-        wait = float(value) if value.isdigit() else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except (TypeError, ValueError, OverflowError):
+        return min(urllib3.Retry().parse_retry_after(value), RETRY_AFTER_LIMIT)
+    except (HTTPError, ValueError, OverflowError):
         return 0
-    return min(max(wait, 0), RETRY_AFTER_LIMIT)
 
 
-def _ask(batch: Batch, compress: bool) -> Answer:
+def _ask(batch: Batch) -> Answer:
     """POST a batch and put what came of it into words."""
     try:
-        status, headers, text = _post(batch, compress)
-    except (OSError, HTTPError) as error:  # requests' exceptions are OSErrors
+        status, headers, text = _post(batch)
+    except (OSError, HTTPError) as error:
         return _network_answer(error)
-    outcome, detail = _classify(status, compress), _one_line(text)
+    outcome = _classify(status, text)
     if outcome:
         _check_count(batch, text)
         return Answer(outcome)
-    if outcome is Outcome.REFUSED:
-        advice = "check API_TOKEN" if status in (401, 403) else "check SERVER_URL"
-        if 300 <= status < 400:
-            advice += f", the server points to {_one_line(headers.get('Location', 'nowhere'))}"
-        detail = f"{advice}; {detail}" if detail else advice
     headline = f"Server error: {status} {http.client.responses.get(status, '')}".rstrip()
-    return Answer(outcome, headline, detail, _retry_after(headers.get("Retry-After", "")))
+    details = "; ".join(filter(None, (_advice(status, headers.get("Location", "")), _one_line(text))))
+    return Answer(
+        outcome, f"{headline}: {details}" if details else headline, _retry_after(headers.get("Retry-After", ""))
+    )
 
 
 def _network_answer(error: Exception) -> Answer:
-    server, cause = _public_url(), _cause(error)
+    """The answer where there is none."""
+    cause, reason, server = _cause(error), _reason(error), _public_url()
     mistrust = (ssl.SSLCertVerificationError, urllib3.util.ssl_match_hostname.CertificateError)
     if isinstance(cause, mistrust) or getattr(cause, "library", "") in ("X509", "PEM"):
-        what = getattr(cause, "verify_message", None) or str(cause)
-        bundle = _session(SERVER_URL, API_TOKEN)[0].keywords["verify"]
-        now = f" (now {bundle})" if isinstance(bundle, str) else ""
-        advice = f"{_one_line(what)}; check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE{now}"
-        return Answer(Outcome.REFUSED, f"Cannot trust server {server}", advice)
-    foreign = not isinstance(error, (requests.RequestException, HTTPError))  # no CA bundle, say
-    if foreign or isinstance(error, ValueError):  # so are requests' InvalidURL and InvalidSchema
-        return Answer(Outcome.REFUSED, f"Cannot send to server {server}", _reason(error))
+        bundle = _session(SERVER_URL, API_TOKEN)[2]["verify"]
+        advice = f"check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE (now {bundle})"
+        return Answer(Outcome.MISCONFIGURED, f"Cannot trust server {server}: {_one_line(str(cause))}; {advice}")
+    through = isinstance(error, requests.exceptions.ProxyError)
+    if through and " 407" in str(cause):
+        return Answer(Outcome.MISCONFIGURED, f"{reason}: {_advice(407)}")
+    foreign = not isinstance(error, (requests.RequestException, HTTPError, ConnectionError))  # no CA bundle, say
+    unusable = isinstance(error, ValueError) and not isinstance(error, requests.exceptions.InvalidHeader)
+    if foreign or unusable:  # InvalidURL and InvalidSchema are ValueErrors
+        return Answer(Outcome.MISCONFIGURED, f"Cannot send to server {server}: {reason}")
     wrapped = getattr(error.args[0] if error.args else None, "reason", None)
-    if isinstance(wrapped, (ConnectTimeoutError, NewConnectionError, ProxyError)):
-        through = " through the proxy" if isinstance(error, requests.exceptions.ProxyError) else ""
-        return Answer(Outcome.UNREACHABLE, f"Cannot connect to server {server}{through}", _reason(error))
+    unsent = isinstance(error, requests.exceptions.SSLError) and not _server.sent
+    if unsent or isinstance(wrapped, (ConnectTimeoutError, NewConnectionError, ProxyError)):
+        by = f" through the proxy {_proxies()}" if through else ""
+        return Answer(Outcome.AWAY, f"Cannot connect to server {server}{by}: {reason}")
     if isinstance(cause, (socket.timeout, urllib3.exceptions.TimeoutError)):
-        return Answer(Outcome.TIMED_OUT, "Request timed out", f"no complete answer within {REQUEST_TIMEOUT:g} seconds")
-    return Answer(Outcome.UNREACHABLE, f"No usable answer from server {server}", _reason(error))
+        return Answer(Outcome.UNANSWERED, f"Request timed out: no complete answer within {REQUEST_TIMEOUT:g} seconds")
+    return Answer(Outcome.UNANSWERED, f"No usable answer from server {server}: {reason}")
 
 
 def _check_count(batch: Batch, text: str) -> None:
@@ -1047,7 +1006,7 @@ def _check_count(batch: Batch, text: str) -> None:
 def _batch(packets: Packets) -> Batch:
     if isinstance(packets, Batch):
         return packets
-    return Batch(json.dumps(packets, allow_nan=False).encode(), len(packets), attempts=MAX_RETRIES)
+    return Batch(json.dumps(packets, allow_nan=False).encode(), len(packets))
 
 
 def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
@@ -1059,29 +1018,21 @@ def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
     batch = _batch(packets)
     if not batch.packets:
         return Answer(Outcome.DELIVERED)
-    started = time.monotonic()
-    answer = _ask(batch, compress=COMPRESS == "gzip" and not _link.plain)
-    answer.took = time.monotonic() - started
+    answer = _ask(batch)
+    answer.took = time.monotonic() - _server.started
     if answer:
-        logger.info("%s✓ Successfully uploaded %d packets%s", batch.label, batch.packets, batch.progress)
-        _note_success()
+        level = logging.DEBUG if batch.searching else logging.INFO
+        logger.log(level, "%s✓ Successfully uploaded %d packets%s", batch.label, batch.packets, batch.progress)
+        _server.note_success()
         return answer
-    attempt = f" (attempt {retry_count + 1}/{batch.attempts})" if answer.outcome in _AGAIN_LATER else ""
-    level = logging.ERROR if answer.outcome is Outcome.REFUSED else logging.WARNING
-    logger.log(level, "%s%s%s%s", batch.label, answer.headline, attempt, answer.detail and f": {answer.detail}")
-    if _link.down_since is None and (attempt or answer.outcome is Outcome.REFUSED):
-        _link.down_since = started
+    headline, colon, detail = answer.reason.partition(": ")
+    attempt = f" (attempt {retry_count + 1}/{batch.attempts})" if answer.outcome in _AGAIN else ""
+    level = logging.WARNING if attempt else logging.ERROR
+    level = logging.DEBUG if answer.outcome in batch.suspected else level
+    logger.log(level, "%s%s%s%s%s", batch.label, headline, attempt, colon, detail)
+    if answer.outcome not in batch.suspected and answer.outcome is not Outcome.REJECTED and _server.down_since is None:
+        _server.down_since = time.monotonic()
     return answer
-
-
-def _note_success() -> None:
-    """The server accepts: after a failure, tell how long it did not, and have the failed files swept."""
-    _link.accepted_at = _now()
-    if _link.down_since is not None:
-        away, _link.down_since = time.monotonic() - _link.down_since, None
-        logger.info("The server is back after %s; %s waiting", _duration(away), _count(_waiting(), "file"))
-    if _link.sweep_when_back:
-        _link.sweep_when_back, _link.sweep_now = False, True
 
 
 def upload_with_retry(packets: Packets) -> Answer:
@@ -1093,13 +1044,7 @@ def upload_with_retry(packets: Packets) -> Answer:
     batch = _batch(packets)
     for attempt in range(batch.attempts):
         answer = upload_packets(batch, attempt)
-        if answer.outcome is Outcome.TRY_PLAIN:
-            _link.plain = True
-            answer = upload_packets(batch, attempt)
-            _link.plain = bool(answer)
-            if answer:
-                logger.warning("The server takes plain requests only: compression stays off")
-        if answer.outcome not in _AGAIN_LATER or attempt == batch.attempts - 1:
+        if answer.outcome not in _AGAIN or answer.outcome in batch.suspected or attempt == batch.attempts - 1:
             break
         delay = max(RETRY_DELAY * 2 ** min(attempt, 20), answer.retry_after)
         logger.info("%sRetrying in %g seconds...", batch.label, round(delay, 1))
@@ -1111,359 +1056,438 @@ def upload_with_retry(packets: Packets) -> Answer:
 # ---------------------------------------------------------------- one file
 
 
-def _learn(progress: Progress, sent: int, answer: Answer) -> bool:
-    """Move `progress` on by the answer to a batch of `sent` packets; False when this round of the file is over.
+@dataclass
+class Round:
+    """One round of one file: sends what its record says is left, and finds out what a batch fails of.
 
-    One mechanism serves 413, slow answers, time-outs and rejected packets: the batch size, halved where the answer
-    says that a batch was too much, and growing back with every success.
+    A batch that fails in a way that may be about it is searched. First it must be seen that the server works: until it
+    has accepted something in this round, packets go alone. Then the batch goes in halves, and what fails in halves
+    again, until all of it is accepted or a single packet that fails alone: that one is refused, and stays in the file.
+    If every piece passes, it was the size. Too many refused in a row, or all of a file, are taken back: then it is not
+    about packets, and the file goes the way of any trouble.
     """
-    outcome, end, half = answer.outcome, progress.uploaded + sent, max(1, sent // 2)
-    works_for_others = "" < progress.time < _link.accepted_at <= _now()  # false where the clock was put back
-    if outcome is Outcome.FAULT and progress.uploaded < progress.fault_to and works_for_others:
-        outcome = Outcome.REJECTED
-    if outcome:
-        progress.uploaded = end
-        bearable = int(sent * REQUEST_TIMEOUT / 2 / max(answer.took, 1e-3))  # packets, at the pace of this answer
-        grown = min(BATCH_SIZE, max(progress.batch_size, min(2 * progress.batch_size, bearable)))
-        progress.batch_size = half if answer.took > REQUEST_TIMEOUT / 2 else grown
-        return True
-    if outcome in (Outcome.TOO_LARGE, Outcome.REJECTED):
-        progress.batch_size = half
-        return sent > 1 or _pass_over(progress, answer, works_for_others)
-    if outcome is Outcome.FAULT:
-        progress.fault_to = end
-    if outcome is Outcome.TIMED_OUT:
-        progress.batch_size = half if progress.uploaded < progress.timed_out_to else progress.batch_size
-        progress.timed_out_to = end
-    return False
+
+    capture: Capture
+    path: str
+    record: Record
+    size: int  # packets in the next batch
+    attempts: int
+    works: bool = False  # something has been accepted in this round
+    in_vain: bool = False  # the search has shown that it is the server
+    row: int = 0  # packets refused since something was accepted
+    ends: list[int] = field(default_factory=list)  # of the pieces of the batch that is searched, the nearest last
+    searched: int = 0  # packets in that batch
+    passed: int = 0  # packets in its largest piece that was accepted
+    refused: int = 0  # packets before it that were refused
+    told: bool = False  # of the size
+
+    def __post_init__(self) -> None:
+        self.label, self.on_disk = f"{_name(self.path)}: ", self._span()
+
+    def _span(self) -> tuple[int, int]:
+        start = self.record.uploaded
+        return start, min(start + self.record.batch_size, self.record.packets)
+
+    def send_rest(self) -> Answer:
+        """Send what is left, in batches; returns the last answer."""
+        while not self.record.sent:
+            batch = self._next_batch()
+            answer = upload_with_retry(batch) if not _stopping else Answer(Outcome.STOPPED)
+            if _stopping and not answer:
+                return Answer(Outcome.STOPPED)
+            if answer:
+                self._accepted(batch.packets, answer.took)
+            elif answer.outcome not in batch.suspected:
+                return answer
+            elif batch.packets > 1:
+                self._divide(batch.packets, answer)
+            elif self._refuse(answer):
+                return answer
+            self._leave_pieces()
+        return self._result()
+
+    def send_refused(self) -> Answer:
+        """Send the packets that were refused, each alone and once, under the key that it had."""
+        for number in tuple(self.record.refused):
+            batch = Batch(self.capture.cut(number, number + 1), 1, 1, self.label, "", _PERHAPS, True)
+            answer = upload_with_retry(batch) if not _stopping else Answer(Outcome.STOPPED)
+            if answer:
+                self.row = 0
+                self.record.refused.remove(number)
+                self.record.save(self.path)
+            elif answer.outcome not in batch.suspected:
+                return answer
+            else:
+                self.row, self.record.last_error = self.row + 1, answer.reason
+                if self.row == self.record.in_a_row:
+                    self._be_patient()
+                    break
+        return self._result()
+
+    def _result(self) -> Answer:
+        if not self.record.refused:
+            return Answer(Outcome.DELIVERED)
+        return Answer(Outcome.REFUSED, self.record.last_error)
+
+    def _next_batch(self) -> Batch:
+        """Cut the next batch; the record on disk tells which it is before it goes out. So a crash repeats that one
+        batch and no other, byte for byte and under its old key, whether or not the server got it."""
+        record = self.record
+        record.batch_size = self.size
+        if self.ends:
+            record.batch_size = self.ends[-1] - record.uploaded if self.works else 1
+        start, end = self._span()
+        if self.on_disk != (start, end):
+            record.save(self.path)
+            self.on_disk = (start, end)
+        progress = f" ({end:,}/{record.packets:,} packets)" if end - start < record.packets else ""
+        # One without an answer goes through a whole round and one sweep before it is suspected: the server may have
+        # stored it, and one that knows keys can then say so.
+        suspected = () if self.in_vain else _PERHAPS if self.ends or record.unanswered else _PERHAPS[:2]
+        body = self.capture.cut(start, end)
+        return Batch(body, end - start, self.attempts, self.label, progress, suspected, bool(self.ends))
+
+    def _accepted(self, packets: int, took: float) -> None:
+        self.works, self.row = True, 0
+        self.record.uploaded, self.record.unanswered = self.record.uploaded + packets, False
+        self.passed = max(self.passed, packets)
+        if not self.ends:
+            _server.learn(packets, took)
+            self.size = _server.size
+
+    def _divide(self, packets: int, answer: Answer) -> None:
+        if not self.ends:
+            self.ends, self.searched, self.passed = [self.record.uploaded + packets], packets, 0
+            self.refused = len(self.record.refused)
+            what = f"{answer.reason}; these {_count(packets, 'packet')} are searched for what it is about"
+            logger.log(logging.DEBUG if self.told else logging.WARNING, "%s%s", self.label, what)
+        self.ends.append(self.record.uploaded + packets // 2)
+
+    def _refuse(self, answer: Answer) -> bool:
+        """Pass over a packet that failed alone. True where that ends the round: it is not about packets."""
+        record = self.record
+        if not self.ends:  # a batch of this packet alone
+            self.ends, self.refused = [record.uploaded + 1], len(record.refused)
+        record.refused.append(record.uploaded)
+        record.uploaded, record.unanswered, record.last_error = record.uploaded + 1, False, answer.reason
+        self.row += 1
+        if self.row < record.in_a_row and len(record.refused) < record.packets:
+            return False
+        record.uploaded -= self.row
+        del record.refused[-self.row :]
+        self._be_patient()
+        self.in_vain, self.row, self.ends = True, 0, []
+        return answer.outcome is Outcome.REJECTED
+
+    def _be_patient(self) -> None:
+        """Where the server has accepted other things meanwhile, more may be refused in a row the next time: so no run
+        of bad packets blocks its file for ever."""
+        if _server.accepted > _server.marks[0]:
+            self.record.in_a_row += IN_A_ROW
+
+    def _leave_pieces(self) -> None:
+        """Leave the pieces that are done with; behind the last one, say what the search has found."""
+        searching = bool(self.ends)
+        while self.ends and self.ends[-1] <= self.record.uploaded:
+            self.ends.pop()
+        if not searching or self.ends:
+            return
+        if refused := self.record.refused[self.refused :]:
+            what = f"the server refuses {_packets(refused)} alone, the others are delivered: {self.record.last_error}"
+            logger.error("%s%s", self.label, what)
+        else:
+            _server.too_large(self.searched, self.passed)
+            self.size = _server.size
+            what = f"it was the size, {self.passed:,} packets pass; set BATCH_SIZE to that if it stays so"
+            logger.log(logging.DEBUG if self.told else logging.WARNING, "%s%s", self.label, what)
+            self.told = True
 
 
-def _pass_over(progress: Progress, answer: Answer, works_for_others: bool) -> bool:
-    """Pass over one packet that is refused alone; False where it is not about this packet, with nothing passed over.
-
-    It is not when three in a row are refused, or every packet of a file that has no three, unless the server has
-    accepted others since this file failed.
-    """
-    progress.rejected.append((progress.uploaded, answer.reason))
-    progress.uploaded += 1
-    in_a_row = progress.rejected[-3:]
-    three = len(in_a_row) == 3 and in_a_row[0][0] == progress.uploaded - 3
-    if not three and (len(in_a_row) < progress.packets or works_for_others):
-        return True
-    del progress.rejected[-3:]
-    progress.uploaded -= len(in_a_row)
-    return False
+def _packets(numbers: list[int]) -> str:
+    """Packets by their numbers, counted from 0."""
+    shown = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+    return f"{_count(len(numbers), 'packet')} (number {shown})"
 
 
-def _upload(capture: Capture, path: Path, progress: Progress, attempts: int) -> Answer:
-    """Upload what `progress` says is left; returns the last answer.
-
-    Before each POST the record on disk says which batch goes out. So a crash repeats that one batch and no other, byte
-    for byte and under its old key, whether or not the server got it.
-    """
-    on_disk = progress.next_batch() if progress.packets >= 0 else (0, BATCH_SIZE)
-    progress.packets = len(capture)
-    if progress.uploaded >= progress.timed_out_to:  # else the server may have this very batch, and know its key
-        progress.batch_size = min(progress.batch_size, BATCH_SIZE)
-    while progress.uploaded < progress.packets:
-        if progress.next_batch() != on_disk:
-            _save_progress(path, progress)
-            on_disk = progress.next_batch()
-        if _stopping:
-            return Answer(Outcome.STOPPED)
-        stop = min(progress.uploaded + progress.batch_size, progress.packets)
-        sent = stop - progress.uploaded
-        told = f" ({stop:,}/{progress.packets:,} packets)" if sent < progress.packets else ""
-        answer = upload_with_retry(
-            Batch(capture.cut(progress.uploaded, stop), sent, f"{_printable(path.name)}: ", told, attempts)
-        )
-        if _stopping and not answer:
-            return Answer(Outcome.STOPPED)
-        goes_on = _learn(progress, sent, answer)
-        _link.batch_size = progress.batch_size
-        if not goes_on:
-            return answer
-    if progress.rejected:
-        _set_aside(capture, path, progress)
-    return Answer(Outcome.DELIVERED)
-
-
-def _set_aside(capture: Capture, path: Path, progress: Progress) -> None:
-    """Keep the packets that the server refused one by one in X.rejected.json, with its reasons beside them."""
-    content = b"[" + b",\n".join(capture.cut(index, index + 1)[1:-1] for index, _ in progress.rejected) + b"]\n"
-    reasons = [{"packet": index + 1, "reason": reason} for index, reason in progress.rejected]
-    target = _free_path(FAILED_DIR, path.name, content)
-    _write(target, content)
-    _write(_beside(target, STATE), json.dumps({"file": path.name, "rejected": reasons}, indent=1).encode())
-    progress.set_aside = len(progress.rejected)
-    progress.rejected = []  # only now: after a crash before this, the same content goes to the same place again
-    _save_progress(path, progress)
-    what = f"the server rejects {_count(len(reasons), 'packet')}, kept in failed_uploads/{_printable(target.name)}"
-    logger.error("%s: %s: %s", _printable(path.name), what, reasons[0]["reason"])
-
-
-def _round(path: Path, data: Path, attempts: int) -> Answer:
-    """One round of X.json: upload what is left of `data`, then move it. Raises OSError where a file operation fails."""
-    progress = _load_progress(path, data)
-    noted = progress.to_json()
-    delivered = progress.uploaded == progress.packets and not progress.rejected
-    only_move = delivered or data in _unmoved
-    answer = _unmoved.pop(data, Answer(Outcome.DELIVERED))
+def _upload(path: str, data: str, record: Record, size: int, attempts: int) -> Answer:
+    """Send what is left of `data`. Raises OSError where a file operation fails."""
     try:
-        if not only_move:
-            try:
-                with _capture(data) as capture:
-                    if not progress.belongs_to(capture.status):
-                        raise _changed(data)
-                    if progress.packets not in (-1, len(capture)):
-                        _forget(path)  # it lies
-                        progress = _load_progress(path, data)
-                    answer = _upload(capture, path, progress, attempts)
-            except NotACapture as error:
-                progress.unreadable = True
-                answer = Answer(Outcome.UNREADABLE, "Not a capture", _one_line(str(error)))
-        if answer:
-            _done(path, data, progress)
-        elif answer.outcome is not Outcome.STOPPED:
-            if not only_move:
-                progress.attempts += 1
-                progress.last_error, progress.time = answer.reason, _now()
-            _failed(path, data, progress, answer)
-    except OSError:
+        with Capture(data) as capture:
+            if not record.belongs_to(capture.status):
+                raise _changed(data)
+            if record.packets not in (-1, len(capture)):
+                _rest(path + STATE, ValueError("it tells of another number of packets"), "this record is ignored")
+                vars(record).update(vars(Record(record.size, record.mtime_ns)))
+            record.packets = len(capture)
+            this_round = Round(capture, path, record, size, attempts)
+            return this_round.send_refused() if record.sent else this_round.send_rest()
+    except NotACapture as error:
+        record.unreadable = True
+        return Answer(Outcome.UNREADABLE, f"Not a capture: {_one_line(str(error))}")
+    except MemoryError:
+        return Answer(Outcome.UNREADABLE, "Not enough memory: lower BATCH_SIZE, or give it more")
+
+
+def _in_failed(path: str) -> bool:
+    return os.path.dirname(path) == str(FAILED_DIR)
+
+
+def _round(path: str, attempts: int, fresh: bool = False) -> Answer:
+    """One round of X.json, then its move. `fresh`: it was taken just now. Raises OSError where a file operation fails.
+
+    A taken file whose record tells of a failure needs only its move, and so does one whose packets are all delivered.
+    """
+    data = path + TAKEN if _exists(path + TAKEN) else path
+    record = _load(path, data)
+    if record.sent and not record.refused:
+        answer = Answer(Outcome.DELIVERED)
+    elif record.rounds and not fresh and not _in_failed(path):
+        answer = Answer(Outcome.UNREADABLE if record.unreadable else Outcome.FAULT, record.last_error)
+    else:
+        size = _server.size if fresh and record.packets < 0 else record.batch_size
+        answer = _upload(path, data, record, size, attempts)
+        if answer.outcome is Outcome.STOPPED:
+            return answer
         if not answer:
-            _unmoved[data] = answer  # until the next sweep only the move is tried again
-        if progress.to_json() != noted:
-            _save_progress(path, progress, tell=False)  # so that nothing acknowledged is sent again
+            record.rounds, record.last_error = record.rounds + 1, answer.reason
+            record.unanswered |= answer.outcome is Outcome.UNANSWERED
+            record.time = datetime.now(timezone.utc).isoformat()
+    try:
+        _done(path, data, record) if answer else _failed(path, data, record, answer)
+    except OSError:
+        record.save(path)  # so that only the move is tried again, also after a restart
         raise
     return answer
 
 
-def _done(path: Path, data: Path, progress: Progress) -> None:
+def _done(path: str, data: str, record: Record) -> None:
     """Move a delivered file to processed/."""
-    target = _free_path(PROCESSED_DIR, path.name)
+    if not record.belongs_to(os.lstat(data)):
+        raise _changed(data)  # its producer has gone on writing: it is read again
+    target = _free_path(PROCESSED_DIR, os.path.basename(path))
     _move(data, target)
     _forget(path)  # last: a crash before this leaves a record without a file, and no file without its record
-    consequence = "KEEP_PROCESSED_DAYS will count from its capture, not from its upload"
-    with _complaining(target, consequence) if KEEP_PROCESSED_DAYS else contextlib.suppress(OSError):
-        os.utime(target)
-    aside = f", {progress.set_aside} set aside" if progress.set_aside else ""
-    renamed = "" if target.name == path.name else f", kept as {_printable(target.name)}"
-    delivered = progress.packets - progress.set_aside
-    logger.info("✓ %s processed successfully (%d packets)%s%s", _printable(path.name), delivered, aside, renamed)
+    kept = "" if _name(target) == _name(path) else f", kept as {_name(target)}"
+    logger.info("✓ %s processed successfully (%d packets)%s", _name(path), record.packets, kept)
 
 
-def _failed(path: Path, data: Path, progress: Progress, answer: Answer) -> None:
-    """Tell why a file failed, and move it to failed_uploads/ where it is not there yet."""
-    what = f"{_printable(path.name)} stays in failed_uploads/"
-    if path.parent == FAILED_DIR:
-        _save_progress(path, progress)
+def _failed(path: str, data: str, record: Record, answer: Answer) -> None:
+    """Move a file to failed_uploads/ where it is not there yet, and tell why."""
+    where = "stays in failed_uploads/"
+    if _in_failed(path):
+        record.save(path)
     else:
-        target = _free_path(FAILED_DIR, path.name)
+        target = _free_path(FAILED_DIR, os.path.basename(path))
         # The record first: a crash between the two leaves the file taken, with its old record. The other way round it
         # would stand in failed_uploads/ without any, and all of it would be sent again.
-        _write(_beside(target, STATE), progress.to_json())
-        _unsaved.pop(target, None)  # of an earlier file there
-        _move(data, target)
+        record.save(target)
+        try:
+            _move(data, target)
+        except OSError:
+            _forget(target)
+            raise
         _forget(path)
-        renamed = "" if target.name == path.name else f" as {_printable(target.name)}"
-        what = f"{_printable(path.name)} moved to failed_uploads/{renamed}"
-        _link.sweep_when_back |= answer.outcome is not Outcome.UNREADABLE
-        _link.early_sweeps = EARLY_SWEEPS
-    _link.sweep_when_back |= answer.outcome in (Outcome.UNREACHABLE, Outcome.BUSY)
-    done = f" ({progress.uploaded:,}/{progress.packets:,} packets uploaded)" if progress.uploaded else ""
-    then = f"next try within {RETRY_FAILED_INTERVAL:g} seconds"
-    if answer.outcome is Outcome.UNREADABLE:
+        where = "moved to failed_uploads/" + ("" if _name(target) == _name(path) else f" as {_name(target)}")
+        _server.sweep_when_back |= answer.outcome not in (Outcome.UNREADABLE, Outcome.REFUSED)
+    _server.sweep_when_back |= answer.outcome in (Outcome.AWAY, Outcome.BUSY)
+    why, then = answer.reason, f"next try within {RETRY_FAILED_INTERVAL:g} seconds"
+    if record.unreadable:
         then = "nothing was sent; it is kept, and read again when it changes"
-    level = logging.WARNING if answer.outcome in _AGAIN_LATER else logging.ERROR
-    logger.log(level, "✗ %s%s: %s; %s", what, done, answer.reason, then)
+    elif answer.outcome is Outcome.REFUSED:
+        why = f"the server refuses {_packets(record.refused)}: {why}"
+        then = "all others are delivered; tried again at the next start, when the server is back, and once an hour"
+    done = record.uploaded - len(record.refused)
+    progress = f" ({done:,}/{record.packets:,} packets uploaded)" if done else ""
+    level = logging.WARNING if answer.outcome in _AGAIN else logging.ERROR
+    logger.log(level, "✗ %s %s%s: %s; %s", _name(path), where, progress, why, then)
 
 
-def _take(path: Path) -> Optional[Path]:
-    """Claim a ready file: X.json becomes X.json.taken, then its marker goes. None where there is no marker.
+def _take(path: str) -> Optional[bool]:
+    """Claim a ready file: X.json becomes X.json.taken, then its marker goes. None where it is not ready.
 
-    By rename, and before reading: what cannot be moved is never uploaded, hence never uploaded again and again. Takes
-    up, too, what a crash left taken.
+    By rename, and before reading: what cannot be moved is never uploaded, hence never uploaded again and again. True
+    for a file taken just now; False for one that a crash, or a round that was stopped, left taken.
     """
-    taken = _beside(path, TAKEN)
-    if not _exists(taken):
-        if not _exists(_beside(path, READY)):
+    marker, fresh = path + READY, not _exists(path + TAKEN)
+    if fresh:
+        if not _exists(marker) or not _exists(path):
             return None
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise NotRegular(path)
-        _move(path, taken)  # durable before the marker goes: X.json without a marker would wait for ever
-    _remove_marker(path)
-    return taken
-
-
-def _remove_marker(path: Path) -> None:
-    """Remove the marker of a file that is taken, but not one that its producer has put for a new file of that name."""
-    marker = _beside(path, READY)
-    _stale_markers.add(path)
-    with _complaining(marker, "this marker stays for now, which does no harm"):
-        if not _exists(path) and _exists(marker):
+        for odd in (marker, path):
+            if not stat.S_ISREG(os.lstat(odd).st_mode):
+                raise NotRegular(odd)
+        _move(path, path + TAKEN)  # durable before the marker goes: X.json without a marker would wait for ever
+    if not _exists(path):  # else the marker is that of a new file
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(marker)
-            if _exists(path):  # written anew this very moment, and what has just been removed may have been its marker
-                marker.touch()
-        _stale_markers.remove(path)
+        if _exists(path):  # written anew this very moment, and what has just been removed may have been its marker
+            with contextlib.suppress(FileExistsError):
+                os.close(_create(marker))
+    return fresh
 
 
 def process_json_file(json_path: AnyPath) -> bool:
     """The whole life of one ready file: take it, upload it, move it. True only when it has reached processed/."""
     check_settings()
-    path = Path(json_path)
-    with _turn, _complaining(path, _STAYS):
-        taken = _take(path)
-        return taken is not None and bool(_round(path, taken, MAX_RETRIES))
-    return False
+    path = os.fspath(json_path)
+    try:
+        fresh = _take(path)
+        answer = None if fresh is None else _round(path, MAX_RETRIES, fresh)
+        _resting.pop(path, None)
+        return bool(answer)
+    except OSError as error:
+        _rest(path, error)
+        return False
 
 
 # ---------------------------------------------------------------- the folders
 
 
-def _scan(folder: Path) -> dict[str, os.DirEntry[str]]:
-    """What is in a folder, by name; a folder that is missing is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with os.scandir(folder) as entries:
-        return {entry.name: entry for entry in entries}
+def _scan(folder: Path) -> Iterator["os.DirEntry[str]"]:
+    """What is in a folder; one that is missing is made. Raises OSError."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
 
 
-def _is_regular(entry: os.DirEntry[str]) -> bool:
-    if entry.is_file(follow_symlinks=False):
-        return True
-    _complain(Path(entry), NotRegular(Path(entry)), "it is left alone")
-    return False
+def _pending(names: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Of the names in pending_upload/: the X.json that are ready or taken, in chronological order (that of the names),
+    and those that lack a marker, or the .json for which one counts."""
+    names = set(names)
+    marked = {name[: -len(READY)] for name in names if name.endswith(READY)}
+    taken = {name[: -len(TAKEN)] for name in names if name.endswith(".json" + TAKEN)}
+    captures = {name for name in names if name.endswith(".json")}
+    return sorted(taken | (captures & marked)), (captures - marked) | (marked & names - captures)
 
 
-def _ready_names(found: dict[str, os.DirEntry[str]]) -> list[str]:
-    """The names X.json in pending_upload/ to process: those with a marker, and those taken before a crash."""
-    taken = {name[: -len(TAKEN)] for name in found if name.endswith(".json" + TAKEN)}
-    marked = {name for name in found if name.endswith(".json") and name + READY in found} - taken
-    return sorted(taken | {name for name in marked if _is_regular(found[name])})
+def _failed_names(names: Iterable[str]) -> set[str]:
+    """The data files in failed_uploads/, whatever their names; X.json for an X.json.taken that was moved there."""
+    taken = {name[: -len(TAKEN)] for name in names if name.endswith(TAKEN)}
+    return taken | {name for name in names if not NO_DATA.fullmatch(name)}
 
 
-def _failed_names(found: dict[str, Any]) -> list[str]:
-    """The data files in failed_uploads/, whatever their names: not records, set-aside packets and placeholders."""
-    return [
-        name
-        for name in found
-        if not (name.endswith(STATE) and name[: -len(STATE)] in found)
-        and not name.endswith(REJECTED)
-        and name not in NO_DATA
-    ]
-
-
-def _due() -> list[Path]:
-    """The failed files to try, least recently tried first; one that is not JSON only once it has changed."""
-    found, due = _scan(FAILED_DIR), []
-    for path in [FAILED_DIR / name for name in _failed_names(found)]:
-        try:
-            if _is_regular(found[path.name]):
-                progress = _load_progress(path, path)
-                if not progress.unreadable:
-                    due.append((progress.time, path))
-        except FileNotFoundError:
-            pass  # gone since the scan
-        except OSError as error:
-            _complain(path, error, _STAYS)
-    return [path for _, path in sorted(due)]
+def _names(folder: Path) -> set[str]:
+    return {entry.name for entry in _scan(folder)}
 
 
 def _waiting() -> int:
-    """How many files are still to be delivered, in both folders; a folder that cannot be read is one."""
-    number = 0
-    for folder, choose in ((PENDING_DIR, _ready_names), (FAILED_DIR, _failed_names)):
-        try:
-            number += len(choose(_scan(folder)))
-        except OSError:
-            number += 1
-    return number
-
-
-def _remove_orphans(folder: Path) -> None:
-    """Remove the records of ours that a crash left when their file had moved on."""
-    with _turn:  # else one that is just being written would pass for one
-        found = _scan(folder)
-        for name in [name for name in found if name.endswith(STATE)]:
-            base = name[: -len(STATE)]
-            if base not in found and base + TAKEN not in found and _has_record(folder / base):
-                _remove(folder / name)
-
-
-def _read_ahead(path: Path) -> None:
-    """Take a file, and have it read while the file before it is sent: a quarter less time for both.
-
-    Not one with a record, of which perhaps only the move is left, nor one that is read before a thread has started.
-    """
+    """How many files are still to be delivered, in both folders; at least one where they cannot be read."""
     try:
-        with _turn:
-            taken = _take(path)
-        fresh = path not in _unsaved and not _exists(_beside(path, STATE))
-        if taken and fresh and os.lstat(taken).st_size >= READ_AHEAD:
-            _ahead[taken] = _read_in_background(taken)
-    except OSError as error:
-        _complain(path, error, _STAYS)
-    except RuntimeError:
-        pass  # no thread is to be had: it is read in its turn
+        return len(_pending(_names(PENDING_DIR))[0]) + len(_failed_names(_names(FAILED_DIR)))
+    except OSError:
+        return 1
+
+
+def _late(names: set[str]) -> list[str]:
+    """Which of these files in pending_upload/ were written more than a minute ago."""
+    late = []
+    for name in names:
+        with contextlib.suppress(OSError):  # gone
+            if os.lstat(PENDING_DIR / name).st_mtime < time.time() - 60:
+                late.append(name)
+    return sorted(late)
 
 
 def _upload_ready() -> bool:
-    """Process what is ready, in chronological order: that of the names. True if something has been delivered."""
-    names = []
-    with _complaining(PENDING_DIR, "nothing can be uploaded until that is mended"):
-        names = _ready_names(_scan(PENDING_DIR))
-    with _turn:
-        for path in list(_stale_markers):
-            _remove_marker(path)
-    delivered = False
-    for name, following in itertools.zip_longest(names, names[1:]):
-        if not _stopping:
-            if following:
-                _read_ahead(PENDING_DIR / following)
-            delivered |= process_json_file(PENDING_DIR / name)
-        _forget_ahead(PENDING_DIR / (name + TAKEN))
-    return delivered
+    """Process what is ready and does not rest. True if something has been delivered."""
+    accepted = _server.accepted
+    try:
+        ready, odd = _pending(_names(PENDING_DIR))
+    except OSError as error:
+        _rest(str(PENDING_DIR), error, "nothing can be uploaded until that is mended")
+        return False
+    _server.hinted = min(_server.hinted, len(odd))
+    if len(odd) > _server.hinted and len(late := _late(odd)) > _server.hinted:
+        _server.hinted = len(late)
+        others = f" (and {_count(len(late) - 1, 'other file')})" if len(late) > 1 else ""
+        what = "is not uploaded: it needs a name in .json, and the marker, that name with .ready behind it"
+        logger.warning("%s%s in pending_upload/ %s", _printable(late[-1]), others, what)
+    for path in (os.path.join(PENDING_DIR, name) for name in ready):
+        if _stopping:
+            break
+        if _resting.get(path, (0, 0))[0] <= time.monotonic():
+            process_json_file(path)
+    return _server.accepted > accepted
+
+
+def _remove_orphans(folder: Path, names: set[str]) -> None:
+    """Remove the records that a crash left when their file had moved on."""
+    for base in [name[: -len(STATE)] for name in names if name.endswith(STATE)]:
+        if base not in names and base + TAKEN not in names:
+            with contextlib.suppress(OSError, *_DAMAGED):  # not one of ours
+                Record.read(os.path.join(folder, base + STATE))
+                _forget(os.path.join(folder, base))
+
+
+def _due() -> list[str]:
+    """The failed files to try, least recently tried first. Raises OSError.
+
+    Not one that is no capture and has not changed since, and only at times one with nothing but refused packets left.
+    """
+    due, now, names = [], time.monotonic(), _names(FAILED_DIR)
+    with_refused = now >= _server.next_refused
+    _server.next_refused = now + REFUSED_INTERVAL if with_refused else _server.next_refused
+    _remove_orphans(FAILED_DIR, names)
+    for name in _failed_names(names):
+        path = os.path.join(FAILED_DIR, name)
+        if _stopping or _resting.get(path, (0, 0))[0] > now:
+            continue
+        try:
+            record = _load(path, path + TAKEN if name + TAKEN in names else path)
+            if not record.unreadable and (with_refused or not (record.sent and record.refused)):
+                due.append((record.time, path))
+        except FileNotFoundError:
+            pass  # gone since the scan
+        except OSError as error:
+            _rest(path, error)
+    return [path for _, path in sorted(due)]
 
 
 def retry_failed_uploads() -> None:
-    """One sweep over failed_uploads/: one attempt a file, new files first. Ends early when it is the server's."""
+    """One sweep over failed_uploads/: one attempt a file, new files first. Ends early when it is the server's trouble:
+    at once when it is away, busy or misconfigured, else after three files while it has accepted nothing at all."""
     check_settings()
-    _unmoved.clear()
-    with contextlib.suppress(OSError):  # told by _upload_ready()
-        _remove_orphans(PENDING_DIR)
-    due = []
-    with _complaining(FAILED_DIR, "failed uploads are not retried until that is mended"):
-        _remove_orphans(FAILED_DIR)
+    _server.begin_sweep()
+    due: list[str] = []
+    try:
+        _remove_orphans(PENDING_DIR, _names(PENDING_DIR))
         due = _due()
+    except OSError as error:
+        _rest(str(FAILED_DIR), error, "failed uploads are not retried until that is mended")
     if due:
         logger.info("Retrying %d failed uploads...", len(due))
-    faults = 0
+    failed = 0
     for number, path in enumerate(due, 1):
         _upload_ready()
         if _stopping:
             break
         try:
-            with _turn:
-                answer = _round(path, path, attempts=1)
+            answer = _round(path, 1)
+            _resting.pop(path, None)
         except OSError as error:
-            _complain(path, error, "somebody has taken it away" if isinstance(error, FileNotFoundError) else _STAYS)
+            _rest(path, error)
             continue
-        _told.pop(path, None)
-        faults = faults + 1 if answer.outcome in (Outcome.FAULT, Outcome.AGAIN) else 0
-        if answer.outcome in _ENDS_SWEEP or faults == 3:
+        _server.early_sweeps |= bool(answer)
+        failed += not answer and answer.outcome is not Outcome.UNREADABLE
+        if answer.outcome in _ENDS_SWEEP or (failed >= 3 and _server.accepted == _server.marks[1]):
+            if answer.retry_after:
+                _server.next_sweep = time.monotonic() + answer.retry_after
             if (left := len(due) - number) and not _stopping:
                 logger.info("The other %s can wait: it is the server's trouble", _count(left, "failed upload"))
             break
 
 
 def _prune_processed() -> None:
-    """Delete what was uploaded more than KEEP_PROCESSED_DAYS ago; _done() set each file's time to its upload."""
+    """Delete what was captured more than KEEP_PROCESSED_DAYS ago."""
     oldest, pruned = time.time() - KEEP_PROCESSED_DAYS * 86400, 0
-    with _complaining(PROCESSED_DIR, "old files stay until that is mended"):
-        for name, entry in _scan(PROCESSED_DIR).items() if KEEP_PROCESSED_DAYS else ():
-            if name.endswith(".json") and entry.is_file(follow_symlinks=False) and entry.stat().st_mtime < oldest:
-                with _complaining(PROCESSED_DIR / name, "it stays until that is mended"):
-                    os.unlink(PROCESSED_DIR / name)
-                    pruned += 1
+    for entry in _scan(PROCESSED_DIR) if KEEP_PROCESSED_DAYS else ():
+        try:
+            if not _stopping and entry.name.endswith(".json") and entry.stat(follow_symlinks=False).st_mtime < oldest:
+                os.unlink(entry.path)
+                pruned += 1
+        except OSError as error:
+            _rest(entry.path, error, "it stays until that is mended")
     if pruned:
         logger.info("Deleted %s from processed/: older than %g days", _count(pruned, "file"), KEEP_PROCESSED_DAYS)
 
@@ -1486,22 +1510,11 @@ def _lock(fd: int, shared: bool = False) -> str:
 
 
 @contextlib.contextmanager
-def _only_sender() -> Iterator[Callable[[], bool]]:
-    """Hold LOGS_DIR's lock: the operating system's, so it dies with the process. Its file only names the holder.
-
-    Yields a function that tells whether the lock is still the one that others would find.
-    """
+def _only_sender() -> Iterator[None]:
+    """Hold LOGS_DIR's lock: the operating system's, so it dies with the process. Its file only names the holder."""
     LOGS_DIR.mkdir(parents=True, exist_ok=True)
-    fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o644)
-
-    def in_place() -> bool:
-        try:
-            return os.path.samestat(os.fstat(fd), os.stat(LOCK))
-        except FileNotFoundError:
-            return False
-        except OSError:  # out of reach for a moment, which is not gone
-            return True
-
+    fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o600)
+    _lock_fds.append(fd)
     try:
         end = time.monotonic() + 1  # --status holds the lock for an instant
         while holder := _lock(fd):
@@ -1512,19 +1525,28 @@ def _only_sender() -> Iterator[Callable[[], bool]]:
             os.ftruncate(fd, 0)
             os.lseek(fd, 0, os.SEEK_SET)
             os.write(fd, str(os.getpid()).encode())
-        yield in_place
+        yield
     finally:
+        _lock_fds.remove(fd)
         os.close(fd)
 
 
 def _check_folders() -> None:
-    """Make the folders, tell which cannot be used, and clear away what a crash left half-written."""
+    """Make the folders; try to write to them and to move a file between them. Raises OSError where that fails."""
+    last = ""
     for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR):
-        with _complaining(folder, "files stay where they are until that is mended"):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, "no permission to read and write", str(folder))
-            _remove(folder / TEMPORARY)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = os.path.join(folder, TEMPORARY)
+        _remove(probe)  # a crash may have left it
+        try:
+            os.rename(last, probe) if last else os.close(_create(probe))
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                raise OSError(errno.EXDEV, "the three folders must be on one filesystem", str(folder)) from None
+            if error.errno != errno.ENOSPC:  # a full disk is no reason not to upload
+                raise
+        last = probe
+    _remove(last)
 
 
 def monitor_and_upload(once: bool = False) -> None:
@@ -1533,91 +1555,111 @@ def monitor_and_upload(once: bool = False) -> None:
     Runs in any thread, and again after it has returned. With `once`, returns when nothing more can be done now.
     Raises ValueError for a bad setting, AlreadyRunning, and OSError where LOGS_DIR cannot be used.
     """
-    global _serving, _stopping
-    check_settings()
-    _serving += 1
-    watched = False
+    global _stopping
     try:
-        while True:  # more than once only where LOGS_DIR has been taken away, with the lock in it
-            try:
-                with _only_sender() as lock_in_place:
-                    watched = True
-                    _check_folders()
-                    if not _serve(once, lock_in_place):
-                        break
-            except OSError as error:
-                if not watched:
-                    raise
-                _complain(LOGS_DIR, error, "nothing can be uploaded until that is mended")
-            if not _nap(POLL_INTERVAL):
-                break
+        check_settings()
+        _warn_of_misspelt_settings()
+        with _only_sender():
+            _check_folders()
+            logger.info("Watching %s, uploading to %s", _printable(PENDING_DIR), _public_url())
+            _serve(once)
+            logger.info("Stopped; %s waiting", _count(_waiting(), "file"))
     finally:
-        _serving -= 1
-        _stopping = _stopping and _serving > 0
+        _stopping = False
 
 
-def _serve(once: bool, lock_in_place: Callable[[], bool]) -> bool:
-    """The loop; True when it ended because the lock is gone."""
-    logger.info("Watching %s, uploading to %s", _printable(PENDING_DIR), _public_url())
-    # Having freed one large block, glibc does not return each batch's memory to the system: a fifth less CPU.
-    bytes(16 << 20)
-    next_sweep = time.monotonic()
-    while not _stopping and lock_in_place():
-        in_time = time.monotonic() >= next_sweep
-        if in_time or _link.sweep_now:
-            _link.early_sweeps = EARLY_SWEEPS if in_time else _link.early_sweeps - 1
-            _link.sweep_now = False
+def _serve(once: bool) -> None:
+    bytes(16 << 20)  # having freed one large block, glibc keeps each batch's memory: a fifth less CPU
+    _server.next_sweep, _server.next_refused = time.monotonic(), 0
+    while not _stopping:
+        if time.monotonic() >= _server.next_sweep:
             retry_failed_uploads()
             _prune_processed()
-            next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
-        at_once = _upload_ready()  # more may have come meanwhile
-        _link.sweep_now &= _link.early_sweeps > 0
-        at_once |= _link.sweep_now
+        at_once = _upload_ready() or not _server.next_sweep  # more may have come meanwhile
         if once and not at_once:
             break
         _nap(0 if at_once else POLL_INTERVAL)
-    logger.info("Stopped; %s waiting", _count(_waiting(), "file"))
-    return not _stopping and not once
 
 
 # ---------------------------------------------------------------- --status
 
 
 def _server_trouble() -> str:
-    """Why the server gives no answer within two seconds; empty when it does, whatever it answers."""
-    trouble = ["no answer within 2 seconds"]
+    """Why the server gives no answer within five seconds; empty when it does, whatever it answers."""
+    trouble = ["no answer within 5 seconds"]
 
     def ask() -> None:
         try:
-            send, post = _session(SERVER_URL, API_TOKEN)
-            request = post.copy()
+            request = _session(SERVER_URL, API_TOKEN)[1].copy()
             request.method = "GET"
-            send(request, timeout=2).raw.close()
+            _send(request, 5).raw.close()
             trouble[0] = ""
         except (OSError, HTTPError) as error:
-            trouble[0] = _reason(error)
+            trouble[0] = _network_answer(error).reason
 
     asking = threading.Thread(target=ask, daemon=True)  # because no time-out bounds a name look-up
     asking.start()
-    asking.join(2)
+    asking.join(5)
     return trouble[0]
 
 
-def _running_pid() -> str:
-    """The pid of the sender that holds the lock, empty where there is none."""
-    with contextlib.suppress(OSError), _open_regular(LOCK) as file:
-        return _lock(file.fileno(), shared=True)  # closed at once, and a sender that starts just now is patient
-    return ""
+def _summary(paths: list[str]) -> dict[str, Any]:
+    """How many files, their bytes, and the ages in seconds of the oldest and the newest (None where there is none)."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):  # gone since the scan
+            found.append(os.lstat(path))
+    ages = [time.time() - status.st_mtime for status in found]
+    edges = {"oldest": max(ages, default=None), "newest": min(ages, default=None)}
+    return {"files": len(found), "bytes": sum(status.st_size for status in found), **edges}
 
 
-def _listing(folder: Path) -> dict[str, os.stat_result]:
-    """The regular files of a folder, none where it does not exist; nothing is made or changed. Raises OSError."""
-    found = {}
-    for name, entry in _scan(folder).items() if _exists(folder) else ():
-        with contextlib.suppress(FileNotFoundError):  # gone since the scan
-            if entry.is_file(follow_symlinks=False):
-                found[name] = entry.stat(follow_symlinks=False)
-    return found
+def _failures(names: set[str]) -> list[dict[str, Any]]:
+    """What the records say of the failed files, latest first."""
+    failures = []
+    for name in _failed_names(names):
+        path = os.path.join(FAILED_DIR, name)
+        with contextlib.suppress(OSError):
+            record = _load(path, path + TAKEN if name + TAKEN in names else path)
+            known = ("packets", "uploaded", "refused", "rounds", "time")
+            facts = {"file": name, "reason": _one_line(record.last_error) or "not tried yet"}
+            failures.append({**facts, **{key: getattr(record, key) for key in known}})
+    return sorted(failures, key=lambda failure: str(failure["time"]), reverse=True)
+
+
+def _facts() -> dict[str, Any]:
+    """How things stand; what --status --json prints. Ages are seconds, packets' numbers are counted from 0."""
+    pid, trouble, problems, listed = "", _server_trouble(), [], []
+    with contextlib.suppress(OSError), _open_regular(str(LOCK)) as file:
+        pid = _lock(file.fileno(), shared=True)  # closed at once, and a sender that starts just now is patient
+    for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR):
+        try:
+            listed.append(set(os.listdir(folder)) if _exists(str(folder)) else set())
+        except OSError as error:
+            listed.append(set())
+            problems.append(f"{folder.name} cannot be read ({error.strerror})")
+    ready, odd = _pending(listed[0])
+    failures, late = _failures(listed[1]), _late(odd)
+    waiting = [os.path.join(PENDING_DIR, name + TAKEN if name + TAKEN in listed[0] else name) for name in ready]
+    facts = {
+        "pending_upload": _summary(waiting + [os.path.join(PENDING_DIR, name) for name in odd]),
+        "failed_uploads": _summary([os.path.join(FAILED_DIR, failure["file"]) for failure in failures]),
+        "processed": _summary([os.path.join(PROCESSED_DIR, n) for n in listed[2] if not NO_DATA.fullmatch(n)]),
+        "failures": failures[:5],
+        "refused_packets": sum(len(failure["refused"]) for failure in failures),
+        "files_with_refused_packets": sum(bool(failure["refused"]) for failure in failures),
+        "without_marker": late,
+    }
+    oldest = _summary(waiting)["oldest"]
+    closed = [path for path in waiting if not os.access(path, os.R_OK)]
+    problems += [] if pid else ["no sender is running"]
+    problems += ["the server is not reachable"] if trouble else []
+    problems += [_count(len(failures), "failed upload")] if failures else []
+    problems += [f"a ready file has waited for {timedelta(seconds=int(oldest))}"] if oldest and oldest > 600 else []
+    problems += [_count(len(closed), "ready file") + " that may not be read"] if closed else []
+    problems += [_count(len(late), "file") + " without a marker for over a minute"] if late else []
+    who = {"running": bool(pid), "pid": pid, "server": _public_url(), "reachable": not trouble, "trouble": trouble}
+    return {"version": __version__, "well": not problems, "problems": problems, **who, **facts}
 
 
 def _size(size: float) -> str:
@@ -1628,118 +1670,138 @@ def _size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def _print_rows(title: str, names: list[str], say: Callable[[str], str]) -> None:
-    """The first five names with what there is to say of each, in 80 columns."""
-    if names:
-        print(f"\n{title}")
-    for name in names[:5]:
-        shown = _printable(name)
-        print("  " + (shown if len(shown) < 78 else f"{shown[:76]}…"))
-        print(textwrap.fill(say(name), 80, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    if len(names) > 5:
-        print(f"  and {len(names) - 5:,} more")
-
-
-def _failure(name: str) -> str:
-    """Why a file is in failed_uploads/, as its record says."""
-    try:
-        progress = Progress.read(FAILED_DIR / name)
-    except (OSError, *_DAMAGED):
-        return "not tried yet"
-    done = f"{progress.uploaded:,}/{progress.packets:,} packets uploaded; " if progress.uploaded else ""
-    return f"{done}failed {_count(progress.attempts, 'time')}, last with: {progress.last_error}"
-
-
-def print_status() -> bool:
-    """Print how things stand, in 80 columns; True when all is well. Nothing is changed."""
-    now, pid, trouble = time.time(), _running_pid(), _server_trouble()
-    listings, problems = [], [] if pid else ["no sender is running"]
-    for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR):
-        try:
-            listings.append(_listing(folder))
-        except OSError as error:
-            listings.append({})
-            problems.append(f"{folder.name} cannot be read ({_one_line(error.strerror or str(error))})")
-    pending, failed, processed = listings
-    ready = [name for name in pending if name + READY in pending or name.endswith(".json" + TAKEN)]
-    unmarked = [name for name in pending if name.endswith(".json") and name + READY not in pending]
-    again = _failed_names(failed)
-    aside = [name for name in failed if name.endswith(REJECTED)]
-    print(f"Sender  {f'running (pid {pid})' if pid else 'not running'}")
-    print(textwrap.fill(f"Server  {f'not reachable: {trouble}' if trouble else 'reachable'}, {_public_url()}", 80))
-    print(f"\n{'':16}{'files':>9}{'size':>12}   oldest")
-    done = [name for name in processed if name not in NO_DATA]
-    for title, names, found in (
-        ("pending_upload", [*ready, *unmarked], pending),
-        ("failed_uploads", again, failed),
-        ("  set aside", aside, failed),
-        ("processed", done, processed),
-    ):
-        oldest = _duration(now - min(found[name].st_mtime for name in names)) if names else "-"
-        print(f"{title:16}{len(names):>9,}{_size(sum(found[name].st_size for name in names)):>12}   {oldest}")
-
-    again.sort(key=lambda name: failed.get(name + STATE, failed[name]).st_mtime, reverse=True)
-    _print_rows("Latest failures", again, _failure)
-    ages = {name: now - pending[name].st_mtime for name in unmarked}
-    title = "No marker: still being written, or its .ready file is missing"
-    _print_rows(title, unmarked, lambda name: f"written {_duration(ages[name])} ago")
-    late = [name for name in unmarked if ages[name] > 60]
-    problems += ["the server is not reachable"] if trouble else []
-    problems += [_count(len(again), "failed upload")] if again else []
-    problems += [f"{_count(len(aside), 'file')} of rejected packets"] if aside else []
-    problems += [f"{_count(len(late), 'file')} without a marker for over a minute"] if late else []
-    print()
-    print(textwrap.fill(f"Not well: {', '.join(problems)}." if problems else "All is well.", 80), flush=True)
+def print_status(as_json: bool = False) -> bool:
+    """Print how things stand, in 80 columns or as one JSON object; True when all is well. Nothing is changed."""
+    facts = _facts()
+    if as_json:
+        print(json.dumps(facts, indent=1), flush=True)
+        return bool(facts["well"])
+    fill = functools.partial(textwrap.fill, width=80)
+    print("Sender ", f"running (pid {facts['pid']})" if facts["running"] else "not running")
+    print(
+        fill(
+            f"Server  {'reachable' if facts['reachable'] else 'not reachable: ' + facts['trouble']}, {facts['server']}"
+        )
+    )
+    print(f"\n{'':16}{'files':>9}{'size':>12}   {'oldest':<20}newest")
+    for name in ("pending_upload", "failed_uploads", "processed"):
+        row = facts[name]
+        ages = ("-" if row[age] is None else str(timedelta(seconds=int(row[age]))) for age in ("oldest", "newest"))
+        print(f"{name:16}{row['files']:>9,}{_size(row['bytes']):>12}   {next(ages):<20}{next(ages)}")
+    print("\nLatest failures" if facts["failures"] else "", end="")
+    for failure in facts["failures"]:
+        tried = f"{failure['uploaded']:,}/{failure['packets']:,} packets uploaded; " if failure["uploaded"] else ""
+        refused = f"refused: {_packets(failure['refused'])}; " if failure["refused"] else ""
+        print(f"\n  {_printable(failure['file'])[:76]}")
+        print(fill(f"{tried}{refused}{failure['reason']}", initial_indent=" " * 6, subsequent_indent=" " * 6), end="")
+    for name in facts["without_marker"][:5]:
+        print(f"\n\nNo marker: {_printable(name)[:68]}", end="")
+    problems = ", ".join(facts["problems"])
+    print("\n\n" + fill(f"Not well: {problems}." if problems else "All is well."), flush=True)
     return not problems
 
 
 # ---------------------------------------------------------------- the command
 
 
+class _QueueHandler(logging.handlers.QueueHandler):
+    """Puts lines into a bounded queue: a console that stalls stops no upload. What is dropped is counted, and said."""
+
+    dropped = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            if self.dropped:
+                lost = {"msg": f"the console stalled: {_count(self.dropped, 'line')} not shown", "levelname": "WARNING"}
+                self.queue.put_nowait(logging.makeLogRecord({**vars(record), **lost}))
+                self.dropped = 0
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+
+def _show_log() -> Callable[[], bool]:
+    """Send the log to standard error, in a thread of its own. Returns what ends that: False if the console stalls."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that cannot show ✓ shows \u2713, a file is UTF-8
+            stream.reconfigure(errors="backslashreplace", encoding=None if stream.isatty() else "utf-8")
+    logging.raiseExceptions = False  # a console that has gone (| head) stops no upload
+    logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it shows whole URLs, and what is told here anyway
+    lines: queue.Queue[Any] = queue.Queue(10_000)
+    console, handler = logging.StreamHandler(), _QueueHandler(lines)
+    console.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(LOG_LEVEL)
+    listener = logging.handlers.QueueListener(lines, console)
+    listener.start()
+
+    def end() -> bool:
+        logger.removeHandler(handler)
+        ending = threading.Thread(target=listener.stop, daemon=True)
+        ending.start()
+        ending.join(1)
+        return not ending.is_alive()
+
+    return end
+
+
+def _run(once: bool) -> int:
+    """Run the loop in a thread of its own: on Windows, a signal interrupts no socket call. Returns the exit status."""
+    status = [1]
+
+    def work() -> None:
+        try:
+            monitor_and_upload(once)
+            status[0] = 1 if once and _waiting() else 0
+        except (AlreadyRunning, OSError) as error:
+            logger.error("%s", _printable(error))
+
+    def on_signal(number: int, frame: object) -> None:
+        stop_sender()
+        for again in _STOP_SIGNALS:
+            signal.signal(again, signal.SIG_DFL)  # the second one ends the program at once
+        logger.info("Stopping when the current request is finished; once more (Ctrl-C) ends it at once")
+
+    for number in _STOP_SIGNALS:
+        signal.signal(number, on_signal)
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    while worker.is_alive():
+        worker.join(0.2)
+    return status[0]
+
+
 def main(arguments: Optional[list[str]] = None) -> int:
     """The command line; returns the exit status."""
+    shown = {**_settings, "SERVER_URL": _public_url(), "API_TOKEN": "***" if API_TOKEN else ""}
     parser = argparse.ArgumentParser(
-        description="Upload the sniffer's captures until Ctrl-C.", epilog="Settings are explained in .env.example."
+        description="Upload the sniffer's captures until Ctrl-C.",
+        epilog="\n".join(
+            ["settings in force (.env.example explains them):", *(f"  {k:22}{v}" for k, v in shown.items())]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = functools.partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
     flag("--once", help="upload what is there, then exit: 0 if nothing is left, else 1")
     flag("--status", help="tell how things stand, then exit: 0 if all is well, else 1")
+    parser.add_argument("--json", action="store_true", help="with --status: as one JSON object, for monitoring")
     parser.add_argument("--version", action="version", version=f"sender.py {__version__}")
-    options = parser.parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a console that cannot show ✓ shows \\u2713
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(LOG_LEVEL)
-    logging.raiseExceptions = False  # a console that has gone (| head) stops no upload
-    if _bad_settings:
+    options, end_log = parser.parse_args(arguments), _show_log()
+    try:
         for line in _bad_settings:
             logger.error("%s", line)
-        return 2
-    if options.status:
-        try:
-            return 0 if print_status() else 1
-        except OSError:  # the console has gone: --status | head -1
-            with contextlib.suppress(AttributeError, OSError):  # what is still buffered goes nowhere
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-    for number in _STOP_SIGNALS:
-        signal.signal(number, _on_signal)
-    try:
-        monitor_and_upload(once=options.once)
-    except (AlreadyRunning, OSError) as error:
-        logger.error("%s", error)
+        if _bad_settings:
+            return 2
+        if options.status:
+            return 0 if print_status(options.json) else 1
+        return _run(options.once)
+    except BrokenPipeError:  # the console has gone: --status | head -1
+        with contextlib.suppress(AttributeError, OSError):  # what is still buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 1 if options.once and _waiting() else 0
-
-
-def _on_signal(number: int, frame: object) -> None:
-    if not _serving:  # before the loop or after it
-        sys.exit(0)
-    stop_sender()
-    signal.signal(number, signal.SIG_DFL)  # the second one ends the program at once
+    finally:
+        if not end_log():
+            os._exit(1)  # the interpreter would wait for the console
 
 
 if __name__ == "__main__":
