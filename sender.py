@@ -56,7 +56,6 @@ import socket
 import ssl
 import stat
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -85,44 +84,35 @@ T = TypeVar("T", str, int, float, Path)
 AnyPath = Union[str, "os.PathLike[str]"]
 _settings: dict[str, Any] = {}  # the values in force, by name
 _bad_settings: list[str] = []  # one line each: name, value, what is allowed. Importing this module never fails
-
-
-def _read_environment() -> dict[str, Optional[str]]:
-    """The environment over the .env beside this file, which is not let into os.environ: that is the host's."""
-    from_file: dict[str, Optional[str]] = {}
-    try:
-        text = Path(__file__).with_name(".env").read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it holds UTF-16, as PowerShell 5 appends it")
-        for line in parse_stream(io.StringIO(text)):
-            if line.error:
-                _bad_settings.append(f".env, line {line.original.line}, is not allowed: it must be NAME=value")
-            elif line.key:
-                from_file[line.key] = line.value
-    except FileNotFoundError:
-        pass  # it is optional
-    except (OSError, ValueError) as error:
-        _bad_settings.append(f".env cannot be read ({error}): it must be a text file in UTF-8")
-    return {**from_file, **os.environ}
-
-
-_environment = _read_environment()
+_environment: dict[str, Optional[str]] = {}  # over the .env beside this file, which is not let into os.environ
+try:
+    _text = Path(__file__).with_name(".env").read_text(encoding="utf-8-sig")
+    if "\0" in _text:
+        raise ValueError("it holds UTF-16, as PowerShell 5 appends it")
+    for _line in parse_stream(io.StringIO(_text)):
+        if _line.error:
+            _bad_settings.append(f".env, line {_line.original.line}, is not allowed: it must be NAME=value")
+        elif _line.key:
+            _environment[_line.key] = _line.value
+except FileNotFoundError:
+    pass  # it is optional
+except (OSError, ValueError) as _error:
+    _bad_settings.append(f".env cannot be read ({_error}): it must be a text file in UTF-8")
+_environment.update(os.environ)
 
 
 def _setting(name: str, default: T, allowed: str, valid: Callable[[Any], object]) -> T:
     """What the environment or .env says of `name`, of the default's type; else the default. Empty counts as none."""
-    text = (_environment.get(name) or "").strip()
-    _settings[name] = default
+    text, value = (_environment.get(name) or "").strip(), default
     try:
         if text:
-            _settings[name] = type(default)(text)
-            if not valid(_settings[name]):
+            value = type(default)(text)
+            if not valid(value):
                 raise ValueError(text)
     except (ValueError, RuntimeError):  # the latter from a ~ without a home
-        _settings[name] = default
-        shown = "***" if name == "API_TOKEN" else re.sub(r"(?s).*@|[?#;].*", "***", text)
+        value, shown = default, "***" if name == "API_TOKEN" else re.sub(r"(?s).*@|[?#;].*", "***", text)
         _bad_settings.append(f"{name}={_printable(shown)} is not allowed: it must be {allowed}")
-    value: T = _settings[name]
+    _settings[name] = value
     return value
 
 
@@ -164,11 +154,9 @@ LOGS_DIR = _setting("LOGS_DIR", Path(__file__).with_name("logs"), "a folder, suc
 LOG_LEVEL = _setting("LOG_LEVEL", "INFO", " or ".join(_LEVELS), lambda word: word.upper() in _LEVELS).upper()
 
 LOGS_DIR = LOGS_DIR.expanduser().absolute()
-LOCK = LOGS_DIR / ".sender.lock"
-PENDING_DIR = LOGS_DIR / "pending_upload"
-FAILED_DIR = LOGS_DIR / "failed_uploads"
+PENDING_DIR, FAILED_DIR = LOGS_DIR / "pending_upload", LOGS_DIR / "failed_uploads"
 PROCESSED_DIR = LOGS_DIR / "processed"
-
+LOCK = LOGS_DIR / ".sender.lock"
 READY, TAKEN, STATE, TEMPORARY = ".ready", ".taken", ".state", ".sender.tmp"
 NO_DATA = re.compile(r"(?s).*(\.state|\.taken|\.ready|\.tmp|~|\.swp|\.bak)|\.gitkeep|\.DS_Store")
 
@@ -187,12 +175,6 @@ def check_settings() -> None:
     """Raise ValueError with one line for each bad setting: its name, its value, what is allowed."""
     if _bad_settings:
         raise ValueError("\n".join(_bad_settings))
-
-
-def _warn_of_misspelt_settings() -> None:
-    for name in sorted(_environment.keys() - os.environ.keys() - _settings.keys()):
-        for meant in difflib.get_close_matches(name, _settings, 1, 0.8):
-            logger.warning(".env: %s is no setting and is ignored; %s is", _printable(name), meant)
 
 
 # ---------------------------------------------------------------- what an upload can come to
@@ -221,14 +203,12 @@ _PERHAPS = (Outcome.FAULT, Outcome.REJECTED, Outcome.UNANSWERED)  # it may be ab
 _ENDS_SWEEP = (Outcome.AWAY, Outcome.BUSY, Outcome.MISCONFIGURED, Outcome.STOPPED)
 
 
-@dataclass
-class Answer:
+class Answer(NamedTuple):
     """What a batch came to, and why, in words for a person. Times are seconds."""
 
     outcome: Outcome
     reason: str = ""
     retry_after: float = 0
-    took: float = 0  # from the first byte sent
 
     def __bool__(self) -> bool:
         return bool(self.outcome)
@@ -251,17 +231,18 @@ class Server:
     hinted: int = 0  # files that a person was told of
     used_at: float = 0  # when the connection was last used; 0: there is none
     started: float = 0  # when the request under way was
+    took: float = 0  # the last one, from its first byte on
     sent: bool = False  # some of it
     cut_short: bool = False  # not all of it could be
 
-    def learn(self, packets: int, took: float) -> None:
-        """The size of the next batch by the pace of this answer; one in fifty tries more than the limit."""
+    def learn(self, packets: int) -> None:
+        """The size of the next batch by the pace of the last answer; one in fifty tries more than the limit."""
         self.limit, self.at_limit = (packets, 0) if packets > self.limit else (self.limit, self.at_limit)
         self.at_limit += packets == self.limit
         most = self.limit * (2 if self.at_limit == 1 or self.at_limit % TRIAL == 0 else 1)
-        bearable = int(packets * REQUEST_TIMEOUT / 2 / max(took, 1e-3))  # at the pace of this answer
+        bearable = int(packets * REQUEST_TIMEOUT / 2 / max(self.took, 1e-3))  # at the pace of this answer
         grown = min(max(self.size, min(2 * self.size, bearable)), most, BATCH_SIZE)
-        self.size = max(1, packets // 2) if took > REQUEST_TIMEOUT / 2 else grown
+        self.size = max(1, packets // 2) if self.took > REQUEST_TIMEOUT / 2 else grown
 
     def too_large(self, failed: int, passed: int) -> None:
         """A batch of `failed` packets failed of its size; the largest piece of it that passed had `passed`."""
@@ -276,11 +257,6 @@ class Server:
         if self.down_since is not None:
             away, self.down_since, self.next_refused = int(time.monotonic() - self.down_since), None, 0
             logger.info("The server is back after %s; %s waiting", timedelta(seconds=away), _count(_waiting(), "file"))
-
-    def begin_sweep(self) -> None:
-        self.early_sweeps |= self.next_sweep > 0  # this one comes in its time
-        self.marks, self.sweep_when_back = (self.marks[1], self.accepted), False
-        self.next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
 
 
 _server = Server()
@@ -307,6 +283,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def _name(path: str) -> str:
+    return _printable(os.path.basename(path))
+
+
 def _rest(path: str, error: Exception, consequence: str = "it is left alone for now and tried again") -> None:
     """Let a file whose file operation failed rest, longer each time; tell of it at first, then about once a sweep."""
     lasting = isinstance(error, NotRegular)
@@ -315,10 +295,6 @@ def _rest(path: str, error: Exception, consequence: str = "it is left alone for 
         level = logging.ERROR if lasting else logging.WARNING
         logger.log(level, "%s: %s; %s", _name(path), _reason(error), consequence)
     _resting[path] = (time.monotonic() + pause, pause)
-
-
-def _name(path: str) -> str:
-    return _printable(os.path.basename(path))
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -410,18 +386,20 @@ def _sync_folder(folder: str) -> None:
 class NotRegular(OSError):
     """A symlink, FIFO, folder or device stands where a file should."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(errno.EINVAL, "not a regular file, refused", path)
+
+def _check_regular(path: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise NotRegular(errno.EINVAL, "not a regular file, refused", path)
 
 
 def _open_regular(path: str) -> BinaryIO:
     """Open a regular file. Checked before (a device may act on being opened) and after (it may be swapped)."""
-    if not stat.S_ISREG(os.lstat(path).st_mode):
-        raise NotRegular(path)
+    _check_regular(path, os.lstat(path))
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _OPEN_FLAGS))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise NotRegular(path)
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(file.close)
+        _check_regular(path, os.fstat(file.fileno()))
+        on_error.pop_all()
     return file
 
 
@@ -432,27 +410,23 @@ def _create(path: str) -> int:
 
 def _exists(path: str) -> bool:
     """lexists() that raises OSError where it cannot tell; that one says no, and a rename would overwrite."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _free_path(folder: Path, name: str) -> str:
     """Where `name` can go in `folder` without overwriting: X.json, X.1.json, …, found by doubling, then by halves."""
     stem, suffix = os.path.splitext(os.path.join(folder, name))
-
-    def paths(number: int) -> str:
-        return f"{stem}.{number}{suffix}" if number else stem + suffix
-
-    taken, free = -1, 0  # numbers
-    while _exists(paths(free)):
+    path, taken, free = stem + suffix, -1, 0  # numbers
+    while _exists(path):
         taken, free = free, 2 * free + 1
+        path = f"{stem}.{free}{suffix}"
     while free - taken > 1:
         middle = (taken + free) // 2
-        taken, free = (middle, free) if _exists(paths(middle)) else (taken, middle)
-    return paths(free)
+        taken, free = (middle, free) if _exists(f"{stem}.{middle}{suffix}") else (taken, middle)
+    return f"{stem}.{free}{suffix}" if free else path
 
 
 def _move(source: str, target: str) -> None:
@@ -505,9 +479,8 @@ class Record:
             record, blank = cls(**json.loads(file.read(LONGEST_RECORD))), cls(0, 0)
         if any(type(value) is not type(getattr(blank, name)) for name, value in vars(record).items()):
             raise TypeError("wrong types")
-        numbers = [number for number in record.refused if number in range(record.uploaded)]
-        in_order = 0 <= record.uploaded <= max(record.packets, 0) <= record.size and record.batch_size > 0
-        if not in_order or record.refused != sorted(set(numbers)):
+        sound = 0 <= record.uploaded <= max(record.packets, 0) <= record.size and record.batch_size > 0
+        if not sound or record.refused != sorted({n for n in record.refused if n in range(record.uploaded)}):
             raise ValueError("wrong numbers")
         return record
 
@@ -541,8 +514,7 @@ def _load(path: str, data: str) -> Record:
 
     Raises OSError where the record is there but cannot be read now: to start afresh would send packets again.
     """
-    status = os.lstat(data)
-    record = _unsaved.get(path)
+    status, record = os.lstat(data), _unsaved.get(path)
     try:
         record = record or Record.read(path + STATE)
     except FileNotFoundError:
@@ -565,6 +537,7 @@ _SEPARATOR = re.compile(rb'\}[ \t\r\n]{0,32},[ \t\r\n]{0,32}(\{[ \t\r\n]{0,32}"\
 _LONG_NUMBER = re.compile(rb"\d{16}")  # of more than 2,000 digits, in every 128th byte
 _COUNT = "SELECT CASE WHEN json_valid(?1) THEN json_array_length(?1) END"
 _COUNT_OBJECTS = "SELECT min(type = 'object') * count(*) FROM json_each(CASE WHEN json_valid(?1) THEN ?1 END)"
+_sqlite = sqlite3.connect(":memory:", check_same_thread=False) if sqlite3 else None  # for one caller at a time
 
 
 class NotACapture(ValueError):
@@ -597,22 +570,16 @@ def _walk(data: bytes, last: bool, limit: int, number: int = 0, base: int = 0) -
                 raise json.JSONDecodeError("Expecting ',' or ']' after a packet", text, end)
             starts.append(at)
             at, closed = delimiter.end(), delimiter[1] == "]"
-    except (ValueError, RecursionError) as error:
-        if last or len(data) - at > LONGEST_PACKET:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-            where = f"(packet {number + len(starts) + 1:,}, byte {base + getattr(error, 'pos', at):,})"
-            raise NotACapture(f"{reason} {where}") from None
-    try:
         data[:at].decode()
-    except UnicodeDecodeError as error:
-        where = f"(packet {number + bisect.bisect(starts, error.start):,}, byte {base + error.start:,})"
-        raise NotACapture(f"not UTF-8, {error.reason} {where}") from None
+    except (ValueError, RecursionError) as error:
+        wrong = getattr(error, "pos", getattr(error, "start", at))
+        if isinstance(error, UnicodeDecodeError) or last or len(data) - at > LONGEST_PACKET:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+            packet = number + (
+                bisect.bisect(starts, wrong) if isinstance(error, UnicodeDecodeError) else len(starts) + 1
+            )
+            raise NotACapture(f"{reason} (packet {packet:,}, byte {base + wrong:,})") from None
     return starts, at, closed
-
-
-@functools.lru_cache(maxsize=1)
-def _sqlite() -> "sqlite3.Connection":
-    return sqlite3.connect(":memory:", check_same_thread=False)  # for one caller at a time
 
 
 def _prove(text: bytes, separator: bytes) -> int:
@@ -625,11 +592,11 @@ def _prove(text: bytes, separator: bytes) -> int:
     separator in an array within a packet can then stand in for an odd boundary, but the text before it is no array.
     SQLite is kept from what it sees with other eyes: a NUL ends its text, Python refuses integers of 4,300 digits.
     """
-    if not text.startswith(b"{") or b"\0" in text or _LONG_NUMBER.search(text[::128]):
+    if not _sqlite or not text.startswith(b"{") or b"\0" in text or _LONG_NUMBER.search(text[::128]):
         return 0
     try:
         query = _COUNT_OBJECTS if b"[" in text else _COUNT
-        count = _sqlite().execute(query, (f"[{text.decode()}]",)).fetchone()[0]
+        count = _sqlite.execute(query, (f"[{text.decode()}]",)).fetchone()[0]
     except (UnicodeDecodeError, sqlite3.Error):
         return 0
     return count if count and count == text.count(separator) + 1 else 0
@@ -654,12 +621,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._separator = b""  # what stands between two packets, and all others of most files
         self._tail = 0  # of the separator, what belongs to the packet behind it
         self._last = (-1, 0)  # the last batch's end, packet number and byte offset: mostly the next one's beginning
-        try:
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self._file.close)
             self.status = os.fstat(self._file.fileno())
             self._index()
-        except BaseException:
-            self._file.close()
-            raise
+            on_error.pop_all()
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
@@ -707,10 +673,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
                 body = body[:-1].rstrip(_WHITE) if body.endswith(b"]") else b""
             if count := _prove(body, self._separator):
                 return count, used, last
-        seek = sqlite3 is not None and not self._separator  # the first two packets show what separates them
-        starts, used, closed = _walk(data, last, 2 if seek and not number else sys.maxsize, number, base)
-        if seek and len(starts) > 1 and (match := _SEPARATOR.match(data, data.rfind(b"}", 0, starts[1]))):
-            self._separator, self._tail = match[0], len(match[1])
+        limit = sys.maxsize if number or not _sqlite else 2  # the first two packets show what separates them
+        starts, used, closed = _walk(data, last, limit, number, base)
+        between = len(starts) > 1 and not self._separator and _SEPARATOR.match(data, data.rfind(b"}", 0, starts[1]))
+        if between and _sqlite:
+            self._separator, self._tail = between[0], len(between[1])
         return len(starts), used, closed
 
     def _offset(self, number: int) -> int:
@@ -793,12 +760,12 @@ class _Timed(io.RawIOBase):
 class _Reply(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self._wire = _Timed(sock, self.fp.detach())
-        self.fp = io.BufferedReader(self._wire)
+        self._timed = _Timed(sock, self.fp.detach())
+        self.fp = io.BufferedReader(self._timed)
 
     def begin(self) -> None:
         super().begin()
-        if self._wire.ended:  # http.client takes headers that were cut off for whole ones
+        if self._timed.ended:  # http.client takes headers that were cut off for whole ones
             raise http.client.HTTPException("the reply ends within its headers")
 
 
@@ -829,12 +796,7 @@ class _Adapter(requests.adapters.HTTPAdapter):
     """requests' own adapter, with connections and replies of the above kinds."""
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, requests.RequestException):
-                raise
-            raise requests.exceptions.InvalidProxyURL("the environment's proxy has a malformed URL") from None
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
         if not issubclass(pool.ConnectionCls, _Connection):
             pool.ConnectionCls = type("Connection", (_Connection, pool.ConnectionCls), {})
         return pool
@@ -851,39 +813,41 @@ def _session(url: str, token: str) -> tuple[_Adapter, requests.PreparedRequest, 
     session = requests.Session()
     session.headers.clear()  # of requests' own none is needed
     headers = {"Content-Type": "application/json", "User-Agent": f"sender.py/{__version__}"}
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
+    headers.update({"Authorization": f"Bearer {token}"} if token else {})
     # A callable as auth keeps requests from looking into .netrc and the URL: the token wins.
     auth = (lambda request: request) if token else None
+    bundle = _environment.get("REQUESTS_CA_BUNDLE") or None  # requests does not know .env
     try:
         post = session.prepare_request(requests.Request("POST", url, headers=headers, auth=auth))
-    except ValueError:  # not with its text: it may quote a password
-        raise OSError(errno.EINVAL, "the .netrc, or the URL's password, has a character that cannot be sent") from None
-    bundle = _environment.get("REQUESTS_CA_BUNDLE") or None  # requests does not know .env
-    return _Adapter(), post, dict(session.merge_environment_settings(url, {}, True, bundle, None))
+        options: dict[str, Any] = dict(session.merge_environment_settings(url, {}, True, bundle, None))
+        for proxy in options["proxies"].values():
+            urllib3.util.parse_url(proxy)
+    except (ValueError, TypeError):  # not with its text: it may quote a password
+        what = "the .netrc, a proxy's URL, or the password in SERVER_URL is malformed or has an odd character"
+        raise OSError(errno.EINVAL, what) from None
+    return _Adapter(), post, options
 
 
 def _send(request: requests.PreparedRequest, timeout: float) -> requests.Response:
     """Send over the one connection. Raises OSError (requests' exceptions are such) and urllib3's HTTPError."""
     adapter, _, options = _session(SERVER_URL, API_TOKEN)
-    now = time.monotonic()
-    idle, _server.used_at = now - (_server.used_at or now), 0
+    idle, _server.used_at = time.monotonic() - (_server.used_at or time.monotonic()), 0
     if idle > IDLE_LIMIT:
         adapter.close()
-    _server.started, _server.sent, _server.cut_short = now, False, False
-    try:
-        return adapter.send(request, timeout=timeout, **options)
-    except requests.ConnectionError as error:
-        if not 1 <= idle <= IDLE_LIMIT or not isinstance(_cause(error), (ConnectionError, ssl.SSLEOFError)):
-            raise
-    # The server closed the idle connection at the very moment that it was used again. That is no failure, and the key
-    # makes it safe to send once more at once (RFC 9110, section 9.2.2). What becomes of this is judged by itself.
-    _server.started, _server.sent, _server.cut_short = time.monotonic(), False, False
-    return adapter.send(request, timeout=timeout, **options)
+    for patience in (1 <= idle <= IDLE_LIMIT, False):
+        _server.started, _server.sent, _server.cut_short = time.monotonic(), False, False
+        try:
+            return adapter.send(request, timeout=timeout, **options)
+        except requests.ConnectionError as error:
+            # A server may close an idle connection at the very moment that it is used again. That is no failure, and
+            # the key makes it safe to send once more at once (RFC 9110, section 9.2.2); that is judged by itself.
+            if not patience or not isinstance(_cause(error), (ConnectionError, ssl.SSLEOFError)):
+                raise
+    raise AssertionError
 
 
 def _post(batch: Batch) -> tuple[int, Any, str]:
-    """One POST: status, headers and the beginning of the reply's text. Raises OSError and urllib3's HTTPError."""
+    """One POST: status, headers and the beginning of the reply's text. Raises as _send() does."""
     request = _session(SERVER_URL, API_TOKEN)[1].copy()
     request.headers["Idempotency-Key"] = f'"{hashlib.sha256(batch.body).hexdigest()}"'
     request.body = batch.body
@@ -922,17 +886,15 @@ def _classify(status: int, text: str) -> Outcome:
     return Outcome.REJECTED if 400 <= status < 500 else Outcome.FAULT
 
 
-def _advice(status: int, location: str = "") -> str:
+def _advice(status: int, headers: Any) -> str:
     """What a person is to look at."""
-    if 200 <= status < 300:
-        return "a web page instead of a receipt, check SERVER_URL, or whether the network wants a login"
-    if 300 <= status < 400:
-        return f"check SERVER_URL, the server points to {_one_line(location) or 'nowhere'}"
-    if status == 407:
-        return f"the proxy {_proxies()} wants a user and password, in HTTP_PROXY or HTTPS_PROXY"
     if COMPRESS == "gzip" and status in (400, 406, 415, 422):
         return "check COMPRESS, the server may not take gzip"
-    return {401: "check API_TOKEN", 403: "check API_TOKEN", 404: "check SERVER_URL", 405: "check SERVER_URL"}.get(
+    if 300 <= status < 400:
+        return f"check SERVER_URL, the server points to {_one_line(headers.get('Location', 'nowhere'))}"
+    page = "a web page instead of a receipt, check SERVER_URL, or whether the network wants a login"
+    token, path = "check API_TOKEN", "check SERVER_URL"
+    return {200: page, 401: token, 403: token, 404: path, 405: path, 407: f"check the proxy {_proxies()}"}.get(
         status, ""
     )
 
@@ -943,29 +905,21 @@ def _proxies() -> str:
     )
 
 
-def _retry_after(value: str) -> float:
-    """Seconds that a Retry-After asks for (RFC 9110, section 10.2.3: a number or a date); 0 for nonsense."""
-    try:
-        return min(urllib3.Retry().parse_retry_after(value), RETRY_AFTER_LIMIT)
-    except (HTTPError, ValueError, OverflowError):
-        return 0
-
-
 def _ask(batch: Batch) -> Answer:
     """POST a batch and put what came of it into words."""
     try:
         status, headers, text = _post(batch)
     except (OSError, HTTPError) as error:
         return _network_answer(error)
-    outcome = _classify(status, text)
+    finally:
+        _server.took = time.monotonic() - _server.started
+    outcome, wait = _classify(status, text), 0.0
     if outcome:
         _check_count(batch, text)
-        return Answer(outcome)
+    with contextlib.suppress(HTTPError, ValueError, OverflowError):  # nonsense
+        wait = min(urllib3.Retry().parse_retry_after(headers.get("Retry-After", "0")), RETRY_AFTER_LIMIT)
     headline = f"Server error: {status} {http.client.responses.get(status, '')}".rstrip()
-    details = "; ".join(filter(None, (_advice(status, headers.get("Location", "")), _one_line(text))))
-    return Answer(
-        outcome, f"{headline}: {details}" if details else headline, _retry_after(headers.get("Retry-After", ""))
-    )
+    return Answer(outcome, ": ".join(filter(None, (headline, _advice(status, headers), _one_line(text)))), wait)
 
 
 def _network_answer(error: Exception) -> Answer:
@@ -973,21 +927,17 @@ def _network_answer(error: Exception) -> Answer:
     cause, reason, server = _cause(error), _reason(error), _public_url()
     mistrust = (ssl.SSLCertVerificationError, urllib3.util.ssl_match_hostname.CertificateError)
     if isinstance(cause, mistrust) or getattr(cause, "library", "") in ("X509", "PEM"):
-        bundle = _session(SERVER_URL, API_TOKEN)[2]["verify"]
-        advice = f"check SERVER_URL, or name the right CA in REQUESTS_CA_BUNDLE (now {bundle})"
+        advice = f"check SERVER_URL, or REQUESTS_CA_BUNDLE (now {_session(SERVER_URL, API_TOKEN)[2]['verify']})"
         return Answer(Outcome.MISCONFIGURED, f"Cannot trust server {server}: {_one_line(str(cause))}; {advice}")
-    through = isinstance(error, requests.exceptions.ProxyError)
-    if through and " 407" in str(cause):
-        return Answer(Outcome.MISCONFIGURED, f"{reason}: {_advice(407)}")
+    through = f" through the proxy {_proxies()}" if isinstance(error, requests.exceptions.ProxyError) else ""
     foreign = not isinstance(error, (requests.RequestException, HTTPError, ConnectionError))  # no CA bundle, say
     unusable = isinstance(error, ValueError) and not isinstance(error, requests.exceptions.InvalidHeader)
-    if foreign or unusable:  # InvalidURL and InvalidSchema are ValueErrors
-        return Answer(Outcome.MISCONFIGURED, f"Cannot send to server {server}: {reason}")
+    if foreign or unusable or (through and " 407" in reason):  # InvalidURL and InvalidSchema are ValueErrors
+        return Answer(Outcome.MISCONFIGURED, f"Cannot send to server {server}{through}: {reason}")
     wrapped = getattr(error.args[0] if error.args else None, "reason", None)
     unsent = isinstance(error, requests.exceptions.SSLError) and not _server.sent
     if unsent or isinstance(wrapped, (ConnectTimeoutError, NewConnectionError, ProxyError)):
-        by = f" through the proxy {_proxies()}" if through else ""
-        return Answer(Outcome.AWAY, f"Cannot connect to server {server}{by}: {reason}")
+        return Answer(Outcome.AWAY, f"Cannot connect to server {server}{through}: {reason}")
     if isinstance(cause, (socket.timeout, urllib3.exceptions.TimeoutError)):
         return Answer(Outcome.UNANSWERED, f"Request timed out: no complete answer within {REQUEST_TIMEOUT:g} seconds")
     return Answer(Outcome.UNANSWERED, f"No usable answer from server {server}: {reason}")
@@ -1016,22 +966,19 @@ def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
     """
     check_settings()
     batch = _batch(packets)
-    if not batch.packets:
-        return Answer(Outcome.DELIVERED)
-    answer = _ask(batch)
-    answer.took = time.monotonic() - _server.started
+    answer = _ask(batch) if batch.packets else Answer(Outcome.DELIVERED)
+    suspected = answer.outcome in batch.suspected
     if answer:
         level = logging.DEBUG if batch.searching else logging.INFO
         logger.log(level, "%s✓ Successfully uploaded %d packets%s", batch.label, batch.packets, batch.progress)
         _server.note_success()
-        return answer
-    headline, colon, detail = answer.reason.partition(": ")
-    attempt = f" (attempt {retry_count + 1}/{batch.attempts})" if answer.outcome in _AGAIN else ""
-    level = logging.WARNING if attempt else logging.ERROR
-    level = logging.DEBUG if answer.outcome in batch.suspected else level
-    logger.log(level, "%s%s%s%s%s", batch.label, headline, attempt, colon, detail)
-    if answer.outcome not in batch.suspected and answer.outcome is not Outcome.REJECTED and _server.down_since is None:
-        _server.down_since = time.monotonic()
+    else:
+        headline, colon, detail = answer.reason.partition(": ")
+        attempt = f" (attempt {retry_count + 1}/{batch.attempts})" if answer.outcome in _AGAIN else ""
+        level = logging.DEBUG if suspected else logging.WARNING if attempt else logging.ERROR
+        logger.log(level, "%s%s%s%s%s", batch.label, headline, attempt, colon, detail)
+        if _server.down_since is None and not suspected and answer.outcome is not Outcome.REJECTED:
+            _server.down_since = time.monotonic()
     return answer
 
 
@@ -1093,41 +1040,40 @@ class Round:
         while not self.record.sent:
             batch = self._next_batch()
             answer = upload_with_retry(batch) if not _stopping else Answer(Outcome.STOPPED)
-            if _stopping and not answer:
-                return Answer(Outcome.STOPPED)
             if answer:
-                self._accepted(batch.packets, answer.took)
+                self._accepted(batch.packets)
+            elif _stopping:
+                return Answer(Outcome.STOPPED)
             elif answer.outcome not in batch.suspected:
                 return answer
             elif batch.packets > 1:
                 self._divide(batch.packets, answer)
             elif self._refuse(answer):
                 return answer
-            self._leave_pieces()
-        return self._result()
+            if self.ends and self.ends[0] <= self.record.uploaded:
+                self._conclude()
+            while self.ends and self.ends[-1] <= self.record.uploaded:
+                self.ends.pop()
+        return Answer(Outcome.REFUSED, self.record.last_error) if self.record.refused else Answer(Outcome.DELIVERED)
 
     def send_refused(self) -> Answer:
         """Send the packets that were refused, each alone and once, under the key that it had."""
-        for number in tuple(self.record.refused):
+        record = self.record
+        for number in tuple(record.refused):
             batch = Batch(self.capture.cut(number, number + 1), 1, 1, self.label, "", _PERHAPS, True)
             answer = upload_with_retry(batch) if not _stopping else Answer(Outcome.STOPPED)
             if answer:
                 self.row = 0
-                self.record.refused.remove(number)
-                self.record.save(self.path)
-            elif answer.outcome not in batch.suspected:
+                record.refused.remove(number)
+                record.save(self.path)
+            elif answer.outcome not in _PERHAPS:
                 return answer
             else:
-                self.row, self.record.last_error = self.row + 1, answer.reason
-                if self.row == self.record.in_a_row:
+                self.row, record.last_error = self.row + 1, answer.reason
+                if self.row == record.in_a_row:
                     self._be_patient()
                     break
-        return self._result()
-
-    def _result(self) -> Answer:
-        if not self.record.refused:
-            return Answer(Outcome.DELIVERED)
-        return Answer(Outcome.REFUSED, self.record.last_error)
+        return Answer(Outcome.REFUSED, record.last_error) if record.refused else Answer(Outcome.DELIVERED)
 
     def _next_batch(self) -> Batch:
         """Cut the next batch; the record on disk tells which it is before it goes out. So a crash repeats that one
@@ -1147,12 +1093,11 @@ class Round:
         body = self.capture.cut(start, end)
         return Batch(body, end - start, self.attempts, self.label, progress, suspected, bool(self.ends))
 
-    def _accepted(self, packets: int, took: float) -> None:
-        self.works, self.row = True, 0
+    def _accepted(self, packets: int) -> None:
+        self.works, self.row, self.passed = True, 0, max(self.passed, packets)
         self.record.uploaded, self.record.unanswered = self.record.uploaded + packets, False
-        self.passed = max(self.passed, packets)
         if not self.ends:
-            _server.learn(packets, took)
+            _server.learn(packets)
             self.size = _server.size
 
     def _divide(self, packets: int, answer: Answer) -> None:
@@ -1185,13 +1130,8 @@ class Round:
         if _server.accepted > _server.marks[0]:
             self.record.in_a_row += IN_A_ROW
 
-    def _leave_pieces(self) -> None:
-        """Leave the pieces that are done with; behind the last one, say what the search has found."""
-        searching = bool(self.ends)
-        while self.ends and self.ends[-1] <= self.record.uploaded:
-            self.ends.pop()
-        if not searching or self.ends:
-            return
+    def _conclude(self) -> None:
+        """Say what the search has found."""
         if refused := self.record.refused[self.refused :]:
             what = f"the server refuses {_packets(refused)} alone, the others are delivered: {self.record.last_error}"
             logger.error("%s%s", self.label, what)
@@ -1228,10 +1168,6 @@ def _upload(path: str, data: str, record: Record, size: int, attempts: int) -> A
         return Answer(Outcome.UNREADABLE, "Not enough memory: lower BATCH_SIZE, or give it more")
 
 
-def _in_failed(path: str) -> bool:
-    return os.path.dirname(path) == str(FAILED_DIR)
-
-
 def _round(path: str, attempts: int, fresh: bool = False) -> Answer:
     """One round of X.json, then its move. `fresh`: it was taken just now. Raises OSError where a file operation fails.
 
@@ -1241,7 +1177,7 @@ def _round(path: str, attempts: int, fresh: bool = False) -> Answer:
     record = _load(path, data)
     if record.sent and not record.refused:
         answer = Answer(Outcome.DELIVERED)
-    elif record.rounds and not fresh and not _in_failed(path):
+    elif record.rounds and not fresh and os.path.dirname(path) != str(FAILED_DIR):
         answer = Answer(Outcome.UNREADABLE if record.unreadable else Outcome.FAULT, record.last_error)
     else:
         size = _server.size if fresh and record.packets < 0 else record.batch_size
@@ -1273,22 +1209,21 @@ def _done(path: str, data: str, record: Record) -> None:
 
 def _failed(path: str, data: str, record: Record, answer: Answer) -> None:
     """Move a file to failed_uploads/ where it is not there yet, and tell why."""
-    where = "stays in failed_uploads/"
-    if _in_failed(path):
-        record.save(path)
-    else:
+    where, target = "stays in failed_uploads/", path
+    if os.path.dirname(path) != str(FAILED_DIR):
         target = _free_path(FAILED_DIR, os.path.basename(path))
-        # The record first: a crash between the two leaves the file taken, with its old record. The other way round it
-        # would stand in failed_uploads/ without any, and all of it would be sent again.
-        record.save(target)
+        where = "moved to failed_uploads/" + ("" if _name(target) == _name(path) else f" as {_name(target)}")
+        _server.sweep_when_back |= answer.outcome not in (Outcome.UNREADABLE, Outcome.REFUSED)
+    # The record first: a crash between the two leaves the file taken, with its old record. The other way round it
+    # would stand in failed_uploads/ without any, and all of it would be sent again.
+    record.save(target)
+    if target != path:
         try:
             _move(data, target)
         except OSError:
             _forget(target)
             raise
         _forget(path)
-        where = "moved to failed_uploads/" + ("" if _name(target) == _name(path) else f" as {_name(target)}")
-        _server.sweep_when_back |= answer.outcome not in (Outcome.UNREADABLE, Outcome.REFUSED)
     _server.sweep_when_back |= answer.outcome in (Outcome.AWAY, Outcome.BUSY)
     why, then = answer.reason, f"next try within {RETRY_FAILED_INTERVAL:g} seconds"
     if record.unreadable:
@@ -1312,9 +1247,8 @@ def _take(path: str) -> Optional[bool]:
     if fresh:
         if not _exists(marker) or not _exists(path):
             return None
-        for odd in (marker, path):
-            if not stat.S_ISREG(os.lstat(odd).st_mode):
-                raise NotRegular(odd)
+        _check_regular(marker, os.lstat(marker))
+        _check_regular(path, os.lstat(path))
         _move(path, path + TAKEN)  # durable before the marker goes: X.json without a marker would wait for ever
     if not _exists(path):  # else the marker is that of a new file
         with contextlib.suppress(FileNotFoundError):
@@ -1342,68 +1276,62 @@ def process_json_file(json_path: AnyPath) -> bool:
 # ---------------------------------------------------------------- the folders
 
 
-def _scan(folder: Path) -> Iterator["os.DirEntry[str]"]:
-    """What is in a folder; one that is missing is made. Raises OSError."""
+def _names(folder: Path) -> set[str]:
+    """The names in a folder; one that is missing is made. Raises OSError."""
     try:
         with os.scandir(folder) as entries:
-            yield from entries
+            return {entry.name for entry in entries}
     except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True)
+        return set()
 
 
-def _pending(names: Iterable[str]) -> tuple[list[str], set[str]]:
-    """Of the names in pending_upload/: the X.json that are ready or taken, in chronological order (that of the names),
-    and those that lack a marker, or the .json for which one counts."""
-    names = set(names)
-    marked = {name[: -len(READY)] for name in names if name.endswith(READY)}
+def _ready(names: set[str]) -> list[str]:
+    """Of the names in pending_upload/: the X.json that are ready or taken, in chronological order (of their names)."""
     taken = {name[: -len(TAKEN)] for name in names if name.endswith(".json" + TAKEN)}
-    captures = {name for name in names if name.endswith(".json")}
-    return sorted(taken | (captures & marked)), (captures - marked) | (marked & names - captures)
+    return sorted(taken | {name for name in names if name.endswith(".json") and name + READY in names})
 
 
-def _failed_names(names: Iterable[str]) -> set[str]:
+def _failed_names(names: set[str]) -> set[str]:
     """The data files in failed_uploads/, whatever their names; X.json for an X.json.taken that was moved there."""
     taken = {name[: -len(TAKEN)] for name in names if name.endswith(TAKEN)}
     return taken | {name for name in names if not NO_DATA.fullmatch(name)}
 
 
-def _names(folder: Path) -> set[str]:
-    return {entry.name for entry in _scan(folder)}
-
-
 def _waiting() -> int:
     """How many files are still to be delivered, in both folders; at least one where they cannot be read."""
     try:
-        return len(_pending(_names(PENDING_DIR))[0]) + len(_failed_names(_names(FAILED_DIR)))
+        return len(_ready(_names(PENDING_DIR))) + len(_failed_names(_names(FAILED_DIR)))
     except OSError:
         return 1
 
 
-def _late(names: set[str]) -> list[str]:
-    """Which of these files in pending_upload/ were written more than a minute ago."""
-    late = []
-    for name in names:
+def _stuck(names: set[str]) -> list[str]:
+    """The files in pending_upload/ that have had no marker for over a minute, or a name with which none counts."""
+    unmarked = {name for name in names if name.endswith(".json") and name + READY not in names}
+    misnamed = {name[: -len(READY)] for name in names if name.endswith(READY) and not name.endswith(".json" + READY)}
+    stuck = []
+    for name in unmarked | (misnamed & names) if len(unmarked) + len(misnamed) > _server.hinted else ():
         with contextlib.suppress(OSError):  # gone
             if os.lstat(PENDING_DIR / name).st_mtime < time.time() - 60:
-                late.append(name)
-    return sorted(late)
+                stuck.append(name)
+    return sorted(stuck)
 
 
 def _upload_ready() -> bool:
     """Process what is ready and does not rest. True if something has been delivered."""
     accepted = _server.accepted
     try:
-        ready, odd = _pending(_names(PENDING_DIR))
+        names = _names(PENDING_DIR)
     except OSError as error:
         _rest(str(PENDING_DIR), error, "nothing can be uploaded until that is mended")
         return False
-    _server.hinted = min(_server.hinted, len(odd))
-    if len(odd) > _server.hinted and len(late := _late(odd)) > _server.hinted:
-        _server.hinted = len(late)
-        others = f" (and {_count(len(late) - 1, 'other file')})" if len(late) > 1 else ""
+    if len(stuck := _stuck(names)) > _server.hinted:
+        others = f" (and {_count(len(stuck) - 1, 'other file')})" if len(stuck) > 1 else ""
         what = "is not uploaded: it needs a name in .json, and the marker, that name with .ready behind it"
-        logger.warning("%s%s in pending_upload/ %s", _printable(late[-1]), others, what)
-    for path in (os.path.join(PENDING_DIR, name) for name in ready):
+        logger.warning("%s%s in pending_upload/ %s", _printable(stuck[-1]), others, what)
+        _server.hinted = len(stuck)
+    for path in (os.path.join(PENDING_DIR, name) for name in _ready(names)):
         if _stopping:
             break
         if _resting.get(path, (0, 0))[0] <= time.monotonic():
@@ -1448,7 +1376,9 @@ def retry_failed_uploads() -> None:
     """One sweep over failed_uploads/: one attempt a file, new files first. Ends early when it is the server's trouble:
     at once when it is away, busy or misconfigured, else after three files while it has accepted nothing at all."""
     check_settings()
-    _server.begin_sweep()
+    _server.early_sweeps |= _server.next_sweep > 0  # this one comes in its time
+    _server.marks, _server.sweep_when_back = (_server.marks[1], _server.accepted), False
+    _server.next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
     due: list[str] = []
     try:
         _remove_orphans(PENDING_DIR, _names(PENDING_DIR))
@@ -1481,13 +1411,15 @@ def retry_failed_uploads() -> None:
 def _prune_processed() -> None:
     """Delete what was captured more than KEEP_PROCESSED_DAYS ago."""
     oldest, pruned = time.time() - KEEP_PROCESSED_DAYS * 86400, 0
-    for entry in _scan(PROCESSED_DIR) if KEEP_PROCESSED_DAYS else ():
-        try:
-            if not _stopping and entry.name.endswith(".json") and entry.stat(follow_symlinks=False).st_mtime < oldest:
-                os.unlink(entry.path)
-                pruned += 1
-        except OSError as error:
-            _rest(entry.path, error, "it stays until that is mended")
+    with os.scandir(PROCESSED_DIR) as entries:
+        for entry in entries:
+            try:
+                file = not _stopping and entry.name.endswith(".json") and entry.is_file(follow_symlinks=False)
+                if file and entry.stat().st_mtime < oldest:
+                    os.unlink(entry.path)
+                    pruned += 1
+            except OSError as error:
+                _rest(entry.path, error, "it stays until that is mended")
     if pruned:
         logger.info("Deleted %s from processed/: older than %g days", _count(pruned, "file"), KEEP_PROCESSED_DAYS)
 
@@ -1545,6 +1477,7 @@ def _check_folders() -> None:
                 raise OSError(errno.EXDEV, "the three folders must be on one filesystem", str(folder)) from None
             if error.errno != errno.ENOSPC:  # a full disk is no reason not to upload
                 raise
+            break
         last = probe
     _remove(last)
 
@@ -1558,27 +1491,26 @@ def monitor_and_upload(once: bool = False) -> None:
     global _stopping
     try:
         check_settings()
-        _warn_of_misspelt_settings()
         with _only_sender():
             _check_folders()
+            for name in sorted(_environment.keys() - os.environ.keys() - _settings.keys()):
+                for meant in difflib.get_close_matches(name, _settings, 1, 0.8):
+                    logger.warning(".env: %s is no setting and is ignored; %s is", _printable(name), meant)
             logger.info("Watching %s, uploading to %s", _printable(PENDING_DIR), _public_url())
-            _serve(once)
+            bytes(16 << 20)  # having freed one large block, glibc keeps each batch's memory: a fifth less CPU
+            _server.next_sweep, _server.next_refused = time.monotonic(), 0
+            while not _stopping:
+                if time.monotonic() >= _server.next_sweep:
+                    retry_failed_uploads()
+                    if KEEP_PROCESSED_DAYS:
+                        _prune_processed()
+                at_once = _upload_ready() or not _server.next_sweep  # more may have come meanwhile
+                if once and not at_once:
+                    break
+                _nap(0 if at_once else POLL_INTERVAL)
             logger.info("Stopped; %s waiting", _count(_waiting(), "file"))
     finally:
         _stopping = False
-
-
-def _serve(once: bool) -> None:
-    bytes(16 << 20)  # having freed one large block, glibc keeps each batch's memory: a fifth less CPU
-    _server.next_sweep, _server.next_refused = time.monotonic(), 0
-    while not _stopping:
-        if time.monotonic() >= _server.next_sweep:
-            retry_failed_uploads()
-            _prune_processed()
-        at_once = _upload_ready() or not _server.next_sweep  # more may have come meanwhile
-        if once and not at_once:
-            break
-        _nap(0 if at_once else POLL_INTERVAL)
 
 
 # ---------------------------------------------------------------- --status
@@ -1603,15 +1535,15 @@ def _server_trouble() -> str:
     return trouble[0]
 
 
-def _summary(paths: list[str]) -> dict[str, Any]:
+def _summary(paths: Iterable[str]) -> dict[str, Any]:
     """How many files, their bytes, and the ages in seconds of the oldest and the newest (None where there is none)."""
-    found = []
+    ages, size = [], 0
     for path in paths:
         with contextlib.suppress(OSError):  # gone since the scan
-            found.append(os.lstat(path))
-    ages = [time.time() - status.st_mtime for status in found]
-    edges = {"oldest": max(ages, default=None), "newest": min(ages, default=None)}
-    return {"files": len(found), "bytes": sum(status.st_size for status in found), **edges}
+            status = os.lstat(path)
+            ages.append(int(time.time() - status.st_mtime))
+            size += status.st_size
+    return {"files": len(ages), "bytes": size, "oldest": max(ages, default=None), "newest": min(ages, default=None)}
 
 
 def _failures(names: set[str]) -> list[dict[str, Any]]:
@@ -1621,84 +1553,76 @@ def _failures(names: set[str]) -> list[dict[str, Any]]:
         path = os.path.join(FAILED_DIR, name)
         with contextlib.suppress(OSError):
             record = _load(path, path + TAKEN if name + TAKEN in names else path)
-            known = ("packets", "uploaded", "refused", "rounds", "time")
-            facts = {"file": name, "reason": _one_line(record.last_error) or "not tried yet"}
-            failures.append({**facts, **{key: getattr(record, key) for key in known}})
+            reason = _one_line(record.last_error) or "not tried yet"
+            known = {key: getattr(record, key) for key in ("packets", "uploaded", "refused", "rounds", "time")}
+            failures.append({"file": name, "reason": reason, **known})
     return sorted(failures, key=lambda failure: str(failure["time"]), reverse=True)
 
 
 def _facts() -> dict[str, Any]:
     """How things stand; what --status --json prints. Ages are seconds, packets' numbers are counted from 0."""
-    pid, trouble, problems, listed = "", _server_trouble(), [], []
+    pid, trouble, problems = "", _server_trouble(), []
     with contextlib.suppress(OSError), _open_regular(str(LOCK)) as file:
         pid = _lock(file.fileno(), shared=True)  # closed at once, and a sender that starts just now is patient
-    for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR):
+    folders, names = (PENDING_DIR, FAILED_DIR, PROCESSED_DIR), []
+    for folder in folders:
         try:
-            listed.append(set(os.listdir(folder)) if _exists(str(folder)) else set())
+            names.append(set(os.listdir(folder)) if _exists(str(folder)) else set())
         except OSError as error:
-            listed.append(set())
+            names.append(set())
             problems.append(f"{folder.name} cannot be read ({error.strerror})")
-    ready, odd = _pending(listed[0])
-    failures, late = _failures(listed[1]), _late(odd)
-    waiting = [os.path.join(PENDING_DIR, name + TAKEN if name + TAKEN in listed[0] else name) for name in ready]
-    facts = {
-        "pending_upload": _summary(waiting + [os.path.join(PENDING_DIR, name) for name in odd]),
-        "failed_uploads": _summary([os.path.join(FAILED_DIR, failure["file"]) for failure in failures]),
-        "processed": _summary([os.path.join(PROCESSED_DIR, n) for n in listed[2] if not NO_DATA.fullmatch(n)]),
-        "failures": failures[:5],
-        "refused_packets": sum(len(failure["refused"]) for failure in failures),
-        "files_with_refused_packets": sum(bool(failure["refused"]) for failure in failures),
-        "without_marker": late,
+    ready = [os.path.join(PENDING_DIR, n + TAKEN if n + TAKEN in names[0] else n) for n in _ready(names[0])]
+    failures, stuck = _failures(names[1]), _stuck(names[0])
+    refused = [failure for failure in failures if failure["refused"]]
+    closed = [path for path in ready if not os.access(path, os.R_OK)]
+    oldest = _summary(ready)["oldest"] or 0
+    problems += [
+        problem
+        for there, problem in (
+            (not pid, "no sender is running"),
+            (trouble, "the server is not reachable"),
+            (failures, _count(len(failures), "failed upload")),
+            (oldest > 600, f"a ready file has waited for {timedelta(seconds=oldest)}"),
+            (closed, f"{_count(len(closed), 'ready file')} may not be read"),
+            (stuck, f"{_count(len(stuck), 'file')} without a marker, or without .json, for over a minute"),
+        )
+        if there
+    ]
+    captures = [[name for name in found if not NO_DATA.fullmatch(name) or name.endswith(TAKEN)] for found in names]
+    return {
+        "version": __version__,
+        "well": not problems,
+        "problems": problems,
+        "running": bool(pid),
+        "pid": pid,
+        "server": _public_url(),
+        "server_trouble": trouble,
+        **{f.name: _summary(os.path.join(f, n) for n in found) for f, found in zip(folders, captures)},
+        "refused_packets": sum(len(failure["refused"]) for failure in refused),
+        "files_with_refused_packets": len(refused),
+        "latest_failures": failures[:5],
+        "without_marker": stuck,
     }
-    oldest = _summary(waiting)["oldest"]
-    closed = [path for path in waiting if not os.access(path, os.R_OK)]
-    problems += [] if pid else ["no sender is running"]
-    problems += ["the server is not reachable"] if trouble else []
-    problems += [_count(len(failures), "failed upload")] if failures else []
-    problems += [f"a ready file has waited for {timedelta(seconds=int(oldest))}"] if oldest and oldest > 600 else []
-    problems += [_count(len(closed), "ready file") + " that may not be read"] if closed else []
-    problems += [_count(len(late), "file") + " without a marker for over a minute"] if late else []
-    who = {"running": bool(pid), "pid": pid, "server": _public_url(), "reachable": not trouble, "trouble": trouble}
-    return {"version": __version__, "well": not problems, "problems": problems, **who, **facts}
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def print_status(as_json: bool = False) -> bool:
-    """Print how things stand, in 80 columns or as one JSON object; True when all is well. Nothing is changed."""
+    """Print how things stand, as a table or as one JSON object; True when all is well. Nothing is changed."""
     facts = _facts()
-    if as_json:
-        print(json.dumps(facts, indent=1), flush=True)
-        return bool(facts["well"])
-    fill = functools.partial(textwrap.fill, width=80)
-    print("Sender ", f"running (pid {facts['pid']})" if facts["running"] else "not running")
-    print(
-        fill(
-            f"Server  {'reachable' if facts['reachable'] else 'not reachable: ' + facts['trouble']}, {facts['server']}"
-        )
-    )
-    print(f"\n{'':16}{'files':>9}{'size':>12}   {'oldest':<20}newest")
+    lines = [f"Sender  {'running (pid ' + facts['pid'] + ')' if facts['running'] else 'not running'}"]
+    lines.append(f"Server  {facts['server_trouble'] or 'reachable'}, {facts['server']}")
+    lines.append(f"\n{'':16}{'files':>9}{'MB':>12}   {'oldest':<20}newest")
     for name in ("pending_upload", "failed_uploads", "processed"):
         row = facts[name]
-        ages = ("-" if row[age] is None else str(timedelta(seconds=int(row[age]))) for age in ("oldest", "newest"))
-        print(f"{name:16}{row['files']:>9,}{_size(row['bytes']):>12}   {next(ages):<20}{next(ages)}")
-    print("\nLatest failures" if facts["failures"] else "", end="")
-    for failure in facts["failures"]:
-        tried = f"{failure['uploaded']:,}/{failure['packets']:,} packets uploaded; " if failure["uploaded"] else ""
+        ages = ["-" if row[age] is None else str(timedelta(seconds=row[age])) for age in ("oldest", "newest")]
+        lines.append(f"{name:16}{row['files']:>9,}{row['bytes'] / 1e6:>12,.1f}   {ages[0]:<20}{ages[1]}")
+    lines += ["\nLatest failures"] if facts["latest_failures"] else []
+    for failure in facts["latest_failures"]:
         refused = f"refused: {_packets(failure['refused'])}; " if failure["refused"] else ""
-        print(f"\n  {_printable(failure['file'])[:76]}")
-        print(fill(f"{tried}{refused}{failure['reason']}", initial_indent=" " * 6, subsequent_indent=" " * 6), end="")
-    for name in facts["without_marker"][:5]:
-        print(f"\n\nNo marker: {_printable(name)[:68]}", end="")
-    problems = ", ".join(facts["problems"])
-    print("\n\n" + fill(f"Not well: {problems}." if problems else "All is well."), flush=True)
-    return not problems
+        lines.append(f"  {_printable(failure['file'])}\n      {refused}{failure['reason']}")
+    lines += [f"\nNo marker: {_printable(name)}" for name in facts["without_marker"][:5]]
+    lines.append(f"\nNot well: {', '.join(facts['problems'])}." if facts["problems"] else "\nAll is well.")
+    print(json.dumps(facts, indent=1) if as_json else "\n".join(lines), flush=True)
+    return bool(facts["well"])
 
 
 # ---------------------------------------------------------------- the command
@@ -1712,37 +1636,29 @@ class _QueueHandler(logging.handlers.QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
             if self.dropped:
-                lost = {"msg": f"the console stalled: {_count(self.dropped, 'line')} not shown", "levelname": "WARNING"}
-                self.queue.put_nowait(logging.makeLogRecord({**vars(record), **lost}))
+                lost = f"the console stalled: {_count(self.dropped, 'line')} not shown"
+                self.queue.put_nowait(logging.makeLogRecord({**vars(record), "msg": lost, "levelname": "WARNING"}))
                 self.dropped = 0
             self.queue.put_nowait(record)
         except queue.Full:
             self.dropped += 1
 
 
-def _show_log() -> Callable[[], bool]:
-    """Send the log to standard error, in a thread of its own. Returns what ends that: False if the console stalls."""
+def _show_log() -> logging.handlers.QueueListener:
+    """Send the log to standard error, in a thread of its own."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that cannot show ✓ shows \u2713, a file is UTF-8
             stream.reconfigure(errors="backslashreplace", encoding=None if stream.isatty() else "utf-8")
     logging.raiseExceptions = False  # a console that has gone (| head) stops no upload
     logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it shows whole URLs, and what is told here anyway
     lines: queue.Queue[Any] = queue.Queue(10_000)
-    console, handler = logging.StreamHandler(), _QueueHandler(lines)
+    console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
-    logger.addHandler(handler)
+    logger.addHandler(_QueueHandler(lines))
     logger.setLevel(LOG_LEVEL)
     listener = logging.handlers.QueueListener(lines, console)
     listener.start()
-
-    def end() -> bool:
-        logger.removeHandler(handler)
-        ending = threading.Thread(target=listener.stop, daemon=True)
-        ending.start()
-        ending.join(1)
-        return not ending.is_alive()
-
-    return end
+    return listener
 
 
 def _run(once: bool) -> int:
@@ -1774,11 +1690,10 @@ def _run(once: bool) -> int:
 def main(arguments: Optional[list[str]] = None) -> int:
     """The command line; returns the exit status."""
     shown = {**_settings, "SERVER_URL": _public_url(), "API_TOKEN": "***" if API_TOKEN else ""}
+    epilog = ["settings in force, which .env.example explains:", *(f"  {n:22}{value}" for n, value in shown.items())]
     parser = argparse.ArgumentParser(
         description="Upload the sniffer's captures until Ctrl-C.",
-        epilog="\n".join(
-            ["settings in force (.env.example explains them):", *(f"  {k:22}{v}" for k, v in shown.items())]
-        ),
+        epilog="\n".join(epilog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = functools.partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
@@ -1786,7 +1701,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     flag("--status", help="tell how things stand, then exit: 0 if all is well, else 1")
     parser.add_argument("--json", action="store_true", help="with --status: as one JSON object, for monitoring")
     parser.add_argument("--version", action="version", version=f"sender.py {__version__}")
-    options, end_log = parser.parse_args(arguments), _show_log()
+    options, listener = parser.parse_args(arguments), _show_log()
     try:
         for line in _bad_settings:
             logger.error("%s", line)
@@ -1800,8 +1715,11 @@ def main(arguments: Optional[list[str]] = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:
-        if not end_log():
-            os._exit(1)  # the interpreter would wait for the console
+        ending = threading.Thread(target=listener.stop, daemon=True)
+        ending.start()
+        ending.join(1)
+        if ending.is_alive():  # the console has stalled, and the interpreter would wait for it
+            os._exit(1)
 
 
 if __name__ == "__main__":
