@@ -59,7 +59,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union
@@ -405,7 +405,11 @@ def _open_regular(path: str) -> BinaryIO:
 
 def _create(path: str) -> int:
     """A new file of the owner's alone: never through a link, never over another one."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS
+    with contextlib.suppress(FileNotFoundError):
+        return os.open(path, flags, 0o600)
+    os.makedirs(os.path.dirname(path), exist_ok=True)  # the folder has vanished
+    return os.open(path, flags, 0o600)
 
 
 def _exists(path: str) -> bool:
@@ -492,10 +496,9 @@ class Record:
         folder, _unsaved[path] = os.path.dirname(path), self
         temporary = os.path.join(folder, TEMPORARY)
         try:
-            os.makedirs(folder, exist_ok=True)
-            _remove(temporary)
+            _remove(temporary)  # a crash may have left it
             with open(_create(temporary), "wb") as file:
-                file.write(json.dumps(asdict(self)).encode())
+                file.write(json.dumps(vars(self)).encode())
                 file.flush()
                 os.fsync(file.fileno())  # before the rename: a power cut could else leave the name without content
             os.replace(temporary, path + STATE)
@@ -1168,12 +1171,11 @@ def _upload(path: str, data: str, record: Record, size: int, attempts: int) -> A
         return Answer(Outcome.UNREADABLE, "Not enough memory: lower BATCH_SIZE, or give it more")
 
 
-def _round(path: str, attempts: int, fresh: bool = False) -> Answer:
+def _round(path: str, data: str, attempts: int, fresh: bool = False) -> Answer:
     """One round of X.json, then its move. `fresh`: it was taken just now. Raises OSError where a file operation fails.
 
     A taken file whose record tells of a failure needs only its move, and so does one whose packets are all delivered.
     """
-    data = path + TAKEN if _exists(path + TAKEN) else path
     record = _load(path, data)
     if record.sent and not record.refused:
         answer = Answer(Outcome.DELIVERED)
@@ -1245,10 +1247,11 @@ def _take(path: str) -> Optional[bool]:
     """
     marker, fresh = path + READY, not _exists(path + TAKEN)
     if fresh:
-        if not _exists(marker) or not _exists(path):
+        try:
+            _check_regular(marker, os.lstat(marker))
+            _check_regular(path, os.lstat(path))
+        except FileNotFoundError:
             return None
-        _check_regular(marker, os.lstat(marker))
-        _check_regular(path, os.lstat(path))
         _move(path, path + TAKEN)  # durable before the marker goes: X.json without a marker would wait for ever
     if not _exists(path):  # else the marker is that of a new file
         with contextlib.suppress(FileNotFoundError):
@@ -1265,7 +1268,7 @@ def process_json_file(json_path: AnyPath) -> bool:
     path = os.fspath(json_path)
     try:
         fresh = _take(path)
-        answer = None if fresh is None else _round(path, MAX_RETRIES, fresh)
+        answer = None if fresh is None else _round(path, path + TAKEN, MAX_RETRIES, fresh)
         _resting.pop(path, None)
         return bool(answer)
     except OSError as error:
@@ -1393,7 +1396,7 @@ def retry_failed_uploads() -> None:
         if _stopping:
             break
         try:
-            answer = _round(path, 1)
+            answer = _round(path, path + TAKEN if _exists(path + TAKEN) else path, 1)
             _resting.pop(path, None)
         except OSError as error:
             _rest(path, error)
