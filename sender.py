@@ -22,9 +22,8 @@ start goes on from there.
 X.json.state, the record, is the only memory of a file: how far its upload got, which packets the server refused, what
 failed last. Before any POST it says (or, where there is none, the first BATCH_SIZE packets are) what may be on the wire
 without an answer; so a crash sends the same bytes again, under the same Idempotency-Key. Nothing is ever overwritten:
-where a name exists, the newcomer becomes X.1.json. Names in .state, .taken, .ready or .tmp are never data.
-
-When a batch fails, one question decides: is it this batch, or the server? A Round finds out by halves.
+where a name exists, the newcomer becomes X.1.json. When a batch fails, one question decides: is it this batch, or the
+server? A Round finds out by halves.
 
 Ctrl-C and SIGTERM let the current request finish and keep all progress; a second Ctrl-C ends at once. Exit status:
 0 done; 1 another sender is running, unusable folders, or (--once, --status) not all is well; 2 a bad setting.
@@ -67,7 +66,7 @@ from urllib.parse import unquote, urlsplit
 
 import requests
 import urllib3
-from dotenv.parser import parse_stream
+from dotenv import dotenv_values
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
 try:
@@ -89,11 +88,7 @@ try:
     _text = Path(__file__).with_name(".env").read_text(encoding="utf-8-sig")
     if "\0" in _text:
         raise ValueError("it holds UTF-16, as PowerShell 5 appends it")
-    for _line in parse_stream(io.StringIO(_text)):
-        if _line.error:
-            _bad_settings.append(f".env, line {_line.original.line}, is not allowed: it must be NAME=value")
-        elif _line.key:
-            _environment[_line.key] = _line.value
+    _environment.update(dotenv_values(stream=io.StringIO(_text), interpolate=False))
 except FileNotFoundError:
     pass  # it is optional
 except (OSError, ValueError) as _error:
@@ -154,8 +149,7 @@ LOGS_DIR = _setting("LOGS_DIR", Path(__file__).with_name("logs"), "a folder, suc
 LOG_LEVEL = _setting("LOG_LEVEL", "INFO", " or ".join(_LEVELS), lambda word: word.upper() in _LEVELS).upper()
 
 LOGS_DIR = LOGS_DIR.expanduser().absolute()
-PENDING_DIR, FAILED_DIR = LOGS_DIR / "pending_upload", LOGS_DIR / "failed_uploads"
-PROCESSED_DIR = LOGS_DIR / "processed"
+PENDING_DIR, FAILED_DIR, PROCESSED_DIR = (LOGS_DIR / n for n in ("pending_upload", "failed_uploads", "processed"))
 LOCK = LOGS_DIR / ".sender.lock"
 READY, TAKEN, STATE, TEMPORARY = ".ready", ".taken", ".state", ".sender.tmp"
 NO_DATA = re.compile(r"(?s).*(\.state|\.taken|\.ready|\.tmp|~|\.swp|\.bak)|\.gitkeep|\.DS_Store")
@@ -244,13 +238,8 @@ class Server:
         grown = min(max(self.size, min(2 * self.size, bearable)), most, BATCH_SIZE)
         self.size = max(1, packets // 2) if self.took > REQUEST_TIMEOUT / 2 else grown
 
-    def too_large(self, failed: int, passed: int) -> None:
-        """A batch of `failed` packets failed of its size; the largest piece of it that passed had `passed`."""
-        self.limit, self.at_limit = (self.limit, self.at_limit + 1) if failed > self.limit else (passed, 0)
-        self.size = self.limit
-
-    def note_success(self) -> None:
-        """After trouble, tell how long it lasted, and have the failed files swept at once."""
+    def accept(self) -> None:
+        """Note a success: after trouble, tell how long it lasted, and have the failed files swept at once."""
         self.accepted += 1
         if self.early_sweeps and (self.sweep_when_back or self.down_since is not None):
             self.early_sweeps, self.sweep_when_back, self.next_sweep = False, False, 0
@@ -571,17 +560,17 @@ def _walk(data: bytes, last: bool, limit: int, number: int = 0, base: int = 0) -
             delimiter = _DELIMITER.match(text, end)
             if not delimiter:
                 raise json.JSONDecodeError("Expecting ',' or ']' after a packet", text, end)
+            data[at:end].decode()
             starts.append(at)
             at, closed = delimiter.end(), delimiter[1] == "]"
-        data[:at].decode()
     except (ValueError, RecursionError) as error:
-        wrong = getattr(error, "pos", getattr(error, "start", at))
-        if isinstance(error, UnicodeDecodeError) or last or len(data) - at > LONGEST_PACKET:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-            packet = number + (
-                bisect.bisect(starts, wrong) if isinstance(error, UnicodeDecodeError) else len(starts) + 1
-            )
-            raise NotACapture(f"{reason} (packet {packet:,}, byte {base + wrong:,})") from None
+        wrong = getattr(error, "pos", at)
+        if isinstance(error, UnicodeDecodeError):
+            wrong = at + error.start
+        elif not last and len(data) - at <= LONGEST_PACKET:
+            return starts, at, closed
+        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+        raise NotACapture(f"{reason} (packet {number + len(starts) + 1:,}, byte {base + wrong:,})") from None
     return starts, at, closed
 
 
@@ -974,7 +963,7 @@ def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
     if answer:
         level = logging.DEBUG if batch.searching else logging.INFO
         logger.log(level, "%s✓ Successfully uploaded %d packets%s", batch.label, batch.packets, batch.progress)
-        _server.note_success()
+        _server.accept()
     else:
         headline, colon, detail = answer.reason.partition(": ")
         attempt = f" (attempt {retry_count + 1}/{batch.attempts})" if answer.outcome in _AGAIN else ""
@@ -1139,8 +1128,9 @@ class Round:
             what = f"the server refuses {_packets(refused)} alone, the others are delivered: {self.record.last_error}"
             logger.error("%s%s", self.label, what)
         else:
-            _server.too_large(self.searched, self.passed)
-            self.size = _server.size
+            lasting = self.searched > _server.limit  # it was tried once more
+            _server.limit, _server.at_limit = (_server.limit, _server.at_limit + 1) if lasting else (self.passed, 0)
+            self.size = _server.size = _server.limit
             what = f"it was the size, {self.passed:,} packets pass; set BATCH_SIZE to that if it stays so"
             logger.log(logging.DEBUG if self.told else logging.WARNING, "%s%s", self.label, what)
             self.told = True
