@@ -222,6 +222,7 @@ class Server:
     early_sweeps: bool = True  # after one, not before a sweep has delivered something or comes in its time
     next_sweep: float = 0  # 0: at once
     next_refused: float = 0  # when packets that were refused may be tried again
+    next_hint: float = 0
     hinted: int = 0  # files that a person was told of
     used_at: float = 0  # when the connection was last used; 0: there is none
     started: float = 0  # when the request under way was
@@ -560,17 +561,15 @@ def _walk(data: bytes, last: bool, limit: int, number: int = 0, base: int = 0) -
             delimiter = _DELIMITER.match(text, end)
             if not delimiter:
                 raise json.JSONDecodeError("Expecting ',' or ']' after a packet", text, end)
-            data[at:end].decode()
             starts.append(at)
             at, closed = delimiter.end(), delimiter[1] == "]"
+        data[:at].decode()
     except (ValueError, RecursionError) as error:
-        wrong = getattr(error, "pos", at)
-        if isinstance(error, UnicodeDecodeError):
-            wrong = at + error.start
-        elif not last and len(data) - at <= LONGEST_PACKET:
-            return starts, at, closed
-        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-        raise NotACapture(f"{reason} (packet {number + len(starts) + 1:,}, byte {base + wrong:,})") from None
+        wrong = getattr(error, "pos", getattr(error, "start", at))
+        if isinstance(error, UnicodeDecodeError) or last or len(data) - at > LONGEST_PACKET:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+            packet = bisect.bisect(starts, wrong) if isinstance(error, UnicodeDecodeError) else len(starts) + 1
+            raise NotACapture(f"{reason} (packet {number + packet:,}, byte {base + wrong:,})") from None
     return starts, at, closed
 
 
@@ -1282,7 +1281,8 @@ def _names(folder: Path) -> set[str]:
 def _ready(names: set[str]) -> list[str]:
     """Of the names in pending_upload/: the X.json that are ready or taken, in chronological order (of their names)."""
     taken = {name[: -len(TAKEN)] for name in names if name.endswith(".json" + TAKEN)}
-    return sorted(taken | {name for name in names if name.endswith(".json") and name + READY in names})
+    marked = {name[: -len(READY)] for name in names if name.endswith(".json" + READY)}
+    return sorted(taken | (marked & names))
 
 
 def _failed_names(names: set[str]) -> set[str]:
@@ -1304,7 +1304,7 @@ def _stuck(names: set[str]) -> list[str]:
     unmarked = {name for name in names if name.endswith(".json") and name + READY not in names}
     misnamed = {name[: -len(READY)] for name in names if name.endswith(READY) and not name.endswith(".json" + READY)}
     stuck = []
-    for name in unmarked | (misnamed & names) if len(unmarked) + len(misnamed) > _server.hinted else ():
+    for name in unmarked | (misnamed & names):
         with contextlib.suppress(OSError):  # gone
             if os.lstat(PENDING_DIR / name).st_mtime < time.time() - 60:
                 stuck.append(name)
@@ -1319,11 +1319,13 @@ def _upload_ready() -> bool:
     except OSError as error:
         _rest(str(PENDING_DIR), error, "nothing can be uploaded until that is mended")
         return False
-    if len(stuck := _stuck(names)) > _server.hinted:
-        others = f" (and {_count(len(stuck) - 1, 'other file')})" if len(stuck) > 1 else ""
-        what = "is not uploaded: it needs a name in .json, and the marker, that name with .ready behind it"
-        logger.warning("%s%s in pending_upload/ %s", _printable(stuck[-1]), others, what)
+    if time.monotonic() >= _server.next_hint:
+        stuck, told, _server.next_hint = _stuck(names), _server.hinted, time.monotonic() + 60
         _server.hinted = len(stuck)
+        if len(stuck) > told:
+            others = f" (and {_count(len(stuck) - 1, 'other file')})" if len(stuck) > 1 else ""
+            what = "is not uploaded: it needs a name in .json, and the marker, that name with .ready behind it"
+            logger.warning("%s%s in pending_upload/ %s", _printable(stuck[-1]), others, what)
     for path in (os.path.join(PENDING_DIR, name) for name in _ready(names)):
         if _stopping:
             break
@@ -1357,12 +1359,12 @@ def _due() -> list[str]:
         try:
             record = _load(path, path + TAKEN if name + TAKEN in names else path)
             if not record.unreadable and (with_refused or not (record.sent and record.refused)):
-                due.append((record.time, path))
+                due.append((record.time, name))
         except FileNotFoundError:
             pass  # gone since the scan
         except OSError as error:
             _rest(path, error)
-    return [path for _, path in sorted(due)]
+    return [name for _, name in sorted(due)]
 
 
 def retry_failed_uploads() -> None:
@@ -1381,7 +1383,7 @@ def retry_failed_uploads() -> None:
     if due:
         logger.info("Retrying %d failed uploads...", len(due))
     failed = 0
-    for number, path in enumerate(due, 1):
+    for number, path in enumerate((os.path.join(FAILED_DIR, name) for name in due), 1):
         _upload_ready()
         if _stopping:
             break
