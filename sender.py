@@ -530,7 +530,8 @@ _SEPARATOR = re.compile(rb'\}[ \t\r\n]{0,32},[ \t\r\n]{0,32}(\{[ \t\r\n]{0,32}"\
 _LONG_NUMBER = re.compile(rb"\d{16}")  # of more than 2,000 digits, in every 128th byte
 _COUNT = "SELECT CASE WHEN json_valid(?1) THEN json_array_length(?1) END"
 _COUNT_OBJECTS = "SELECT min(type = 'object') * count(*) FROM json_each(CASE WHEN json_valid(?1) THEN ?1 END)"
-_sqlite = sqlite3.connect(":memory:", check_same_thread=False) if sqlite3 else None  # for one caller at a time
+if sqlite3:
+    _sqlite = sqlite3.connect(":memory:", check_same_thread=False)  # for one caller at a time
 
 
 class NotACapture(ValueError):
@@ -563,13 +564,16 @@ def _walk(data: bytes, last: bool, limit: int, number: int = 0, base: int = 0) -
                 raise json.JSONDecodeError("Expecting ',' or ']' after a packet", text, end)
             starts.append(at)
             at, closed = delimiter.end(), delimiter[1] == "]"
-        data[:at].decode()
     except (ValueError, RecursionError) as error:
-        wrong = getattr(error, "pos", getattr(error, "start", at))
-        if isinstance(error, UnicodeDecodeError) or last or len(data) - at > LONGEST_PACKET:
+        if last or len(data) - at > LONGEST_PACKET:
             reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-            packet = bisect.bisect(starts, wrong) if isinstance(error, UnicodeDecodeError) else len(starts) + 1
-            raise NotACapture(f"{reason} (packet {number + packet:,}, byte {base + wrong:,})") from None
+            where = f"(packet {number + len(starts) + 1:,}, byte {base + getattr(error, 'pos', at):,})"
+            raise NotACapture(f"{reason} {where}") from None
+    try:
+        data[:at].decode()
+    except UnicodeDecodeError as error:
+        where = f"(packet {number + bisect.bisect(starts, error.start):,}, byte {base + error.start:,})"
+        raise NotACapture(f"not UTF-8, {error.reason} {where}") from None
     return starts, at, closed
 
 
@@ -583,7 +587,7 @@ def _prove(text: bytes, separator: bytes) -> int:
     separator in an array within a packet can then stand in for an odd boundary, but the text before it is no array.
     SQLite is kept from what it sees with other eyes: a NUL ends its text, Python refuses integers of 4,300 digits.
     """
-    if not _sqlite or not text.startswith(b"{") or b"\0" in text or _LONG_NUMBER.search(text[::128]):
+    if not sqlite3 or not text.startswith(b"{") or b"\0" in text or _LONG_NUMBER.search(text[::128]):
         return 0
     try:
         query = _COUNT_OBJECTS if b"[" in text else _COUNT
@@ -664,10 +668,10 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
                 body = body[:-1].rstrip(_WHITE) if body.endswith(b"]") else b""
             if count := _prove(body, self._separator):
                 return count, used, last
-        limit = sys.maxsize if number or not _sqlite else 2  # the first two packets show what separates them
+        limit = sys.maxsize if number or not sqlite3 else 2  # the first two packets show what separates them
         starts, used, closed = _walk(data, last, limit, number, base)
         between = len(starts) > 1 and not self._separator and _SEPARATOR.match(data, data.rfind(b"}", 0, starts[1]))
-        if between and _sqlite:
+        if between and sqlite3:
             self._separator, self._tail = between[0], len(between[1])
         return len(starts), used, closed
 
