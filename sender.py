@@ -212,8 +212,8 @@ class Answer(NamedTuple):
 class Server:
     """What this process has learned about the server, carried from file to file. Times are time.monotonic()'s."""
 
-    size: int = BATCH_SIZE  # packets in the next batch
-    limit: int = BATCH_SIZE  # packets in the largest batch that passed, where larger ones did not
+    size: int = sys.maxsize  # packets in the next batch, where BATCH_SIZE allows them
+    limit: int = sys.maxsize  # packets in the largest batch that passed, where larger ones did not
     at_limit: int = 0  # batches accepted at this limit
     accepted: int = 0  # batches, in all
     marks: tuple[int, int] = (0, 0)  # that number when the last two sweeps began
@@ -447,7 +447,7 @@ class Record:
     mtime_ns: int  # with `size`: the file that this belongs to
     packets: int = -1  # in the file; -1 until it has been read
     uploaded: int = 0  # packets done with, from the file's beginning
-    batch_size: int = BATCH_SIZE  # packets in the batch that goes out behind them
+    batch_size: int = field(default_factory=lambda: BATCH_SIZE)  # packets in the batch that goes out behind them
     refused: list[int] = field(default_factory=list)  # packets (counted from 0) that the server refused alone
     rounds: int = 0  # that failed
     in_a_row: int = IN_A_ROW  # so many packets refused in a row mean that it is not about packets
@@ -721,7 +721,7 @@ class Batch(NamedTuple):
 
     body: bytes
     packets: int
-    attempts: int = MAX_RETRIES
+    attempts: int = 1
     label: str = ""  # "X.json: ", for the log
     progress: str = ""  # " (3,000/20,000 packets)", once this batch is delivered
     suspected: tuple[Outcome, ...] = ()  # outcomes that the caller looks into, and tells of
@@ -951,7 +951,7 @@ def _check_count(batch: Batch, text: str) -> None:
 def _batch(packets: Packets) -> Batch:
     if isinstance(packets, Batch):
         return packets
-    return Batch(json.dumps(packets, allow_nan=False).encode(), len(packets))
+    return Batch(json.dumps(packets, allow_nan=False).encode(), len(packets), MAX_RETRIES)
 
 
 def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
@@ -1175,7 +1175,7 @@ def _round(path: str, data: str, attempts: int, fresh: bool = False) -> Answer:
     elif record.rounds and not fresh and os.path.dirname(path) != str(FAILED_DIR):
         answer = Answer(Outcome.UNREADABLE if record.unreadable else Outcome.FAULT, record.last_error)
     else:
-        size = _server.size if fresh and record.packets < 0 else record.batch_size
+        size = min(_server.size, BATCH_SIZE) if fresh and record.packets < 0 else record.batch_size
         answer = _upload(path, data, record, size, attempts)
         if answer.outcome is Outcome.STOPPED:
             return answer
