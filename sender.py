@@ -66,7 +66,7 @@ from urllib.parse import unquote, urlsplit
 
 import requests
 import urllib3
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 
 try:
@@ -88,7 +88,11 @@ try:
     _text = Path(__file__).with_name(".env").read_text(encoding="utf-8-sig")
     if "\0" in _text:
         raise ValueError("it holds UTF-16, as PowerShell 5 appends it")
-    _environment.update(dotenv_values(stream=io.StringIO(_text), interpolate=False))
+    for _line in parse_stream(io.StringIO(_text)):
+        if _line.error:
+            _bad_settings.append(f".env, line {_line.original.line}, is not allowed: it must be NAME=value")
+        elif _line.key:
+            _environment[_line.key] = _line.value
 except FileNotFoundError:
     pass  # it is optional
 except (OSError, ValueError) as _error:
@@ -250,6 +254,7 @@ class Server:
 
 
 _server = Server()
+_serving = 0  # calls of monitor_and_upload() under way
 _stopping = False
 _resting: dict[str, tuple[float, float]] = {}  # files whose file operation failed: until when, for how long
 _unsaved: dict[str, "Record"] = {}  # the records that a full disk refuses, by their X.json
@@ -258,7 +263,7 @@ _unsaved: dict[str, "Record"] = {}  # the records that a full disk refuses, by t
 def stop_sender() -> None:
     """Ask a running monitor_and_upload() to return: after its current request, within a second of any wait."""
     global _stopping
-    _stopping = True
+    _stopping = _serving > 0  # without a loop there is nothing to stop, and a later process_json_file() is not meant
 
 
 def _nap(seconds: float) -> bool:
@@ -1487,7 +1492,8 @@ def monitor_and_upload(once: bool = False) -> None:
     Runs in any thread, and again after it has returned. With `once`, returns when nothing more can be done now.
     Raises ValueError for a bad setting, AlreadyRunning, and OSError where LOGS_DIR cannot be used.
     """
-    global _stopping
+    global _serving, _stopping
+    _serving += 1
     try:
         check_settings()
         with _only_sender():
@@ -1509,7 +1515,8 @@ def monitor_and_upload(once: bool = False) -> None:
                 _nap(0 if at_once else POLL_INTERVAL)
             logger.info("Stopped; %s waiting", _count(_waiting(), "file"))
     finally:
-        _stopping = False
+        _serving -= 1
+        _stopping = _stopping and _serving > 0
 
 
 # ---------------------------------------------------------------- --status
