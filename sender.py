@@ -62,7 +62,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import requests
 import urllib3
@@ -313,6 +313,7 @@ def _secrets(url: str, token: str) -> list[str]:
     parts = urlsplit(url)
     secrets = [token, parts.query, parts.password or parts.username or ""]
     secrets += [segment for segment in parts.path.split("/") if len(segment) >= 20]
+    secrets += [value for _, value in parse_qsl(parts.query) if len(value) > 3]
     with contextlib.suppress(OSError, ValueError):  # told by whoever sends; credentials that are not base64
         _, post, options = _session(url, token)
         secrets += [urlsplit(proxy).password or "" for proxy in options["proxies"].values()]
@@ -747,7 +748,9 @@ class _Timed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> Optional[int]:
-        self._sock.settimeout(max(self._end - time.monotonic(), 1e-3))
+        if (left := self._end - time.monotonic()) <= 0:
+            raise socket.timeout("timed out")
+        self._sock.settimeout(left)
         received: Optional[int] = self._raw.readinto(buffer)
         self.ended = received == 0
         return received
@@ -802,6 +805,12 @@ class _Adapter(requests.adapters.HTTPAdapter):
         return pool
 
 
+def _mask(record: logging.LogRecord) -> bool:
+    """A filter for urllib3's log, where a host shows it: it has whole URLs, and tracebacks with such."""
+    record.msg, record.args, record.exc_info = _one_line(record.getMessage()), (), None
+    return True
+
+
 @functools.lru_cache(maxsize=1)
 def _session(url: str, token: str) -> tuple[_Adapter, requests.PreparedRequest, dict[str, Any]]:
     """What sends through the one session, a prepared POST, and the options to send it with.
@@ -810,6 +819,8 @@ def _session(url: str, token: str) -> tuple[_Adapter, requests.PreparedRequest, 
     It is the session's adapter that sends: the session would read a redirect's endless body to its end. So redirects
     are not followed: a POST would become a GET, and a login page's 200 would look like success.
     """
+    logging.getLogger("urllib3.connectionpool").addFilter(_mask)
+    logging.getLogger("urllib3.connection").addFilter(_mask)
     session = requests.Session()
     session.headers.clear()  # of requests' own none is needed
     headers = {"Content-Type": "application/json", "User-Agent": f"sender.py/{__version__}"}
@@ -834,7 +845,7 @@ def _send(request: requests.PreparedRequest, timeout: float) -> requests.Respons
     idle, _server.used_at = time.monotonic() - (_server.used_at or time.monotonic()), 0
     if idle > IDLE_LIMIT:
         adapter.close()
-    for patience in (1 <= idle <= IDLE_LIMIT, False):
+    for patience in (0.5 < idle <= IDLE_LIMIT, False):
         _server.started, _server.sent, _server.cut_short = time.monotonic(), False, False
         try:
             return adapter.send(request, timeout=timeout, **options)
