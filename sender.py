@@ -984,10 +984,9 @@ def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
         logger.log(level, "%s✓ Successfully uploaded %d packets%s", batch.label, batch.packets, batch.progress)
         _server.accept()
     else:
-        headline, colon, detail = answer.reason.partition(": ")
         attempt = f" (attempt {retry_count + 1}/{batch.attempts})" if answer.outcome in _AGAIN else ""
         level = logging.DEBUG if suspected else logging.WARNING if attempt else logging.ERROR
-        logger.log(level, "%s%s%s%s%s", batch.label, headline, attempt, colon, detail)
+        logger.log(level, "%s%s%s", batch.label, answer.reason, attempt)
         if _server.down_since is None and not suspected and answer.outcome is not Outcome.REJECTED:
             _server.down_since = time.monotonic()
     return answer
