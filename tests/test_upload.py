@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest_httpserver import HTTPServer
 from servers import (
+    Answer,
     Behaviour,
     Certificates,
     Clock,
@@ -224,7 +225,9 @@ def test_every_2xx_delivers(spool: Spool, said: Said, status: int) -> None:
 def test_success_counts_in_whatever_form_it_comes(spool: Spool, said: Said, words: bytes) -> None:
     with ScriptedServer(lambda request: say(words)) as server:
         sender = spool.load(SERVER_URL=server.url)
+        clock = Clock(sender)
         assert sender.upload_packets(PACKETS)
+        clock.move(2)
         assert sender.upload_packets(PACKETS)
     assert len(server.requests) == 2
     assert said(logging.WARNING) == []
@@ -310,10 +313,12 @@ def test_connecting_is_not_slowness(spool: Spool, monkeypatch: pytest.MonkeyPatc
     with ScriptedServer() as server:
         sender = spool.load(SERVER_URL=server.url, BATCH_SIZE=10, REQUEST_TIMEOUT=30)
         clock = Clock(sender)
-        connect = socket.create_connection
-        monkeypatch.setattr(
-            "urllib3.util.connection.create_connection", lambda *a, **o: (clock.move(29), connect(a[0]))[1]
-        )
+
+        def slowly(address: tuple[str, int], *arguments: Any, **options: Any) -> socket.socket:
+            clock.move(29)
+            return socket.create_connection(address)
+
+        monkeypatch.setattr("urllib3.util.connection.create_connection", slowly)
         spool.drop("a.json", capture(30))
         assert sender.process_json_file(spool.pending / "a.json")
     assert [len(request.packets) for request in server.requests] == [10, 10, 10]
@@ -1352,7 +1357,8 @@ def test_a_connection_that_breaks_between_two_batches_is_an_attempt(
 @pytest.mark.parametrize("second", [429, 401, 200])
 def test_the_repeat_on_a_fresh_connection_is_judged_by_its_own_outcome(spool: Spool, second: int) -> None:
     """The old error must not be told in its place."""
-    with ScriptedServer(lambda request: [reply(200), close, reply(second)][request.number]) as server:
+    answers: list[Answer] = [reply(200), close, reply(second)]
+    with ScriptedServer(lambda request: answers[request.number]) as server:
         sender = spool.load(SERVER_URL=server.url)
         clock = Clock(sender)
         assert sender.upload_packets(PACKETS)
