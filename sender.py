@@ -256,7 +256,7 @@ class Server:
 _server = Server()
 _serving = 0  # calls of monitor_and_upload() under way
 _stopping = False
-_resting: dict[str, tuple[float, float]] = {}  # files whose file operation failed: until when, for how long
+_resting: dict[str, tuple[float, float, str]] = {}  # files whose file operation failed: until when, how long, why
 _unsaved: dict[str, "Record"] = {}  # the records that a full disk refuses, by their X.json
 
 
@@ -283,13 +283,13 @@ def _name(path: str) -> str:
 
 
 def _rest(path: str, error: Exception, consequence: str = "it is left alone for now and tried again") -> None:
-    """Let a file whose file operation failed rest, longer each time; tell of it at first, then about once a sweep."""
-    lasting = isinstance(error, NotRegular)
-    pause = min(2 * _resting.get(path, (0, 2.5))[1], RETRY_FAILED_INTERVAL)
-    if path not in _resting or (pause == RETRY_FAILED_INTERVAL and not lasting):
-        level = logging.ERROR if lasting else logging.WARNING
-        logger.log(level, "%s: %s; %s", _name(path), _reason(error), consequence)
-    _resting[path] = (time.monotonic() + pause, pause)
+    """Let a file whose file operation failed rest, longer each time; tell of it once for as long as that lasts."""
+    text = f"{_name(path)}: {_reason(error)}; {consequence}"
+    _, pause, told = _resting.get(path, (0, 2.5, ""))
+    if text != told:
+        logger.log(logging.ERROR if isinstance(error, NotRegular) else logging.WARNING, "%s", text)
+    pause = min(2 * pause, RETRY_FAILED_INTERVAL)
+    _resting[path] = (time.monotonic() + pause, pause, text)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -500,6 +500,7 @@ class Record:
             os.replace(temporary, path + STATE)
             _sync_folder(folder)
             del _unsaved[path]
+            _resting.pop(path + STATE, None)
         except OSError as error:
             _remove(temporary)
             _rest(path + STATE, error, "the upload goes on, but a crash now would send packets again")
@@ -1338,6 +1339,7 @@ def _upload_ready() -> bool:
     except OSError as error:
         _rest(str(PENDING_DIR), error, "nothing can be uploaded until that is mended")
         return False
+    _resting.pop(str(PENDING_DIR), None)
     if time.monotonic() >= _server.next_hint:
         stuck, told, _server.next_hint = _stuck(names), _server.hinted, time.monotonic() + 60
         _server.hinted = len(stuck)
@@ -1348,7 +1350,7 @@ def _upload_ready() -> bool:
     for path in (os.path.join(PENDING_DIR, name) for name in _ready(names)):
         if _stopping:
             break
-        if _resting.get(path, (0, 0))[0] <= time.monotonic():
+        if _resting.get(path, (0,))[0] <= time.monotonic():
             process_json_file(path)
     return _server.accepted > accepted
 
@@ -1373,7 +1375,7 @@ def _due() -> list[str]:
     _remove_orphans(FAILED_DIR, names)
     for name in _failed_names(names):
         path = os.path.join(FAILED_DIR, name)
-        if _stopping or _resting.get(path, (0, 0))[0] > now:
+        if _stopping or _resting.get(path, (0,))[0] > now:
             continue
         try:
             record = _load(path, path + TAKEN if name + TAKEN in names else path)
@@ -1394,9 +1396,11 @@ def retry_failed_uploads() -> None:
     _server.marks, _server.sweep_when_back = (_server.marks[1], _server.accepted), False
     _server.next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
     due: list[str] = []
-    try:
+    with contextlib.suppress(OSError):  # told by _upload_ready()
         _remove_orphans(PENDING_DIR, _names(PENDING_DIR))
+    try:
         due = _due()
+        _resting.pop(str(FAILED_DIR), None)
     except OSError as error:
         _rest(str(FAILED_DIR), error, "failed uploads are not retried until that is mended")
     if due:
@@ -1478,21 +1482,23 @@ def _only_sender() -> Iterator[None]:
 
 
 def _check_folders() -> None:
-    """Make the folders; try to write to them and to move a file between them. Raises OSError where that fails."""
+    """Make the folders; try to write to them, and to move a file from one to the next. Tells what cannot be used.
+
+    Raises OSError where they are on two filesystems.
+    """
     last = ""
     for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR):
-        folder.mkdir(parents=True, exist_ok=True)
         probe = os.path.join(folder, TEMPORARY)
-        _remove(probe)  # a crash may have left it
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove(probe)  # a crash may have left it
             os.rename(last, probe) if last else os.close(_create(probe))
+            last = probe
         except OSError as error:
             if error.errno == errno.EXDEV:
                 raise OSError(errno.EXDEV, "the three folders must be on one filesystem", str(folder)) from None
             if error.errno != errno.ENOSPC:  # a full disk is no reason not to upload
-                raise
-            break
-        last = probe
+                _rest(str(folder), error, "files stay where they are until that is mended")
     _remove(last)
 
 

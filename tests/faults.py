@@ -73,9 +73,9 @@ Observer = Callable[[Operation, str], None]  # may raise OSError, or Killed
 class _Watch:
     """The operations of one thread on one folder and on sockets."""
 
-    def __init__(self, folder: Path, observer: Observer, killed: bool = False) -> None:
-        self.folder, self.observer, self.dead = str(folder), observer, killed
-        self.thread = threading.get_ident()
+    def __init__(self, folder: Path, observer: Observer, any_thread: bool = False) -> None:
+        self.folder, self.observer, self.dead = str(folder), observer, False
+        self.thread = None if any_thread else threading.get_ident()
         self.paths: dict[int, str] = {}  # of open file descriptors
 
     def tell(self, operation: Operation, phase: str) -> None:
@@ -88,7 +88,7 @@ class _Watch:
             raise
 
     def mine(self) -> bool:
-        return threading.get_ident() == self.thread
+        return self.thread in (None, threading.get_ident())
 
     def path(self, given: Any) -> str | None:
         """The path as seen from the watched folder; None when it is elsewhere."""
@@ -283,8 +283,8 @@ def _os_writing(watch: _Watch, real: Callable[..., int]) -> Callable[..., int]:
 
 
 @contextlib.contextmanager
-def watched(folder: Path, observer: Observer) -> Iterator[None]:
-    """Tell `observer` of every operation of this thread in `folder` and on sockets. It may raise instead.
+def watched(folder: Path, observer: Observer, any_thread: bool = False) -> Iterator[None]:
+    """Tell `observer` of every operation of this thread (or any) in `folder` and on sockets. It may raise instead.
 
     After Killed nothing that the thread does in here has an effect any more: neither a clean-up nor a file's buffer.
     """
@@ -292,7 +292,7 @@ def watched(folder: Path, observer: Observer) -> Iterator[None]:
     if not _hooked:
         sys.addaudithook(_audit)  # there is no way to remove one
         _hooked = True
-    watch = _Watch(folder, observer)
+    watch = _Watch(folder, observer, any_thread)
     with contextlib.ExitStack() as patches:
 
         def patch(module: Any, name: str, wrap: Callable[..., Any], *arguments: Any) -> None:
@@ -401,7 +401,7 @@ class MoodyServer(IngestServer):
 
 def main() -> None:
     logs, number, *sys.argv = sys.argv[1:]
-    with watched(Path(logs), Countdown(int(number), lambda: os._exit(CRASHED))):
+    with watched(Path(logs), Countdown(int(number), lambda: os._exit(CRASHED)), any_thread=True):
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -18,7 +18,7 @@ import pytest
 from conftest import Spool
 from faults import AFTER, BEFORE, CRASHED, MoodyServer, Operation, watched
 from ingest_server import PacketStore
-from plays import SCENARIOS, Play, Stage, report, spread, stage_for
+from scenarios import SCENARIOS, Play, Stage, report, spread, stage_for
 
 FAULTS = Path(__file__).with_name("faults.py")
 
@@ -286,7 +286,7 @@ def test_what_a_rename_publishes_was_fsynced_before_and_its_folder_is_before_any
         elif event.call == "fsync":
             dirty.discard(event.path)
             unsynced.discard(event.path)
-        elif event.call == "rename":
+        elif event.call == "rename" and not event.target.endswith(".sender.tmp"):  # that is tried out at the start
             assert event.path not in dirty, f"{event} before its fsync"
             unsynced |= {folder_of(event.target)} if os.name != "nt" else set()
             renames += 1
@@ -314,7 +314,8 @@ def test_before_a_batch_goes_out_a_record_that_lasts_tells_where_it_begins(scena
         if offset:
             lasting_files = survivors(before, events[:number], lasting(events[:number]), 0)
             records = [inode.content for path, inode in lasting_files.items() if path.endswith(f"/{name}.state")]
-            assert offset in json.loads(records[0]).values(), f"packet {offset + 1} of {name} goes out, {records}"
+            told = json.loads(records[0])
+            assert offset == told["uploaded"] or offset in told["refused"], f"packet {offset} of {name}, {records}"
             requests += 1
     assert requests > 2
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import Spool, packet, wait_until
 from faults import AFTER, BEFORE, HALF, NETWORK, MoodyServer, Operation, watched
-from plays import SCENARIOS, Play, Stage, report, spread, stage_for
+from scenarios import SCENARIOS, Play, Stage, report, spread, stage_for
 
 ERRORS = {
     "open": (errno.EACCES, errno.EIO, errno.EMFILE, errno.EINTR),

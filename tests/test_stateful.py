@@ -17,7 +17,7 @@ from conftest import Spool, packet
 from faults import STORED_BUT_CUT_OFF, Countdown, Killed, MoodyServer, kill, watched
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from plays import beside
+from scenarios import beside
 
 NAMES = st.sampled_from(["a.json", "b.json", "c.json"])
 LAYOUTS: dict[str, dict[str, Any]] = {"spaced": {}, "compact": {"separators": (",", ":")}, "indented": {"indent": 2}}
