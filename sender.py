@@ -301,7 +301,6 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    error = _cause(error)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     return _one_line(f"{text} ({name})" if name else text)
@@ -936,7 +935,8 @@ def _ask(batch: Batch) -> Answer:
 
 def _network_answer(error: Exception) -> Answer:
     """The answer where there is none."""
-    cause, reason, server = _cause(error), _reason(error), _public_url()
+    cause, server = _cause(error), _public_url()
+    reason = _reason(cause)
     mistrust = (ssl.SSLCertVerificationError, urllib3.util.ssl_match_hostname.CertificateError)
     if isinstance(cause, mistrust) or getattr(cause, "library", "") in ("X509", "PEM"):
         advice = f"check SERVER_URL, or REQUESTS_CA_BUNDLE (now {_session(SERVER_URL, API_TOKEN)[2]['verify']})"
@@ -1396,6 +1396,8 @@ def retry_failed_uploads() -> None:
     _server.marks, _server.sweep_when_back = (_server.marks[1], _server.accepted), False
     _server.next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
     due: list[str] = []
+    for path, record in [*_unsaved.items()]:  # the disk may have room again
+        record.save(path)
     with contextlib.suppress(OSError):  # told by _upload_ready()
         _remove_orphans(PENDING_DIR, _names(PENDING_DIR))
     try:
