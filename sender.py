@@ -223,7 +223,6 @@ class Server:
     marks: tuple[int, int] = (0, 0)  # that number when the last two sweeps began
     down_since: Optional[float] = None  # the first trouble after a success
     sweep_when_back: bool = False  # files have failed since the last sweep
-    early_sweeps: bool = True  # after one, not before a sweep has delivered something or comes in its time
     next_sweep: float = 0  # 0: at once
     next_refused: float = 0  # when packets that were refused may be tried again
     next_hint: float = 0
@@ -246,8 +245,8 @@ class Server:
     def accept(self) -> None:
         """Note a success: after trouble, tell how long it lasted, and have the failed files swept at once."""
         self.accepted += 1
-        if self.early_sweeps and (self.sweep_when_back or self.down_since is not None):
-            self.early_sweeps, self.sweep_when_back, self.next_sweep = False, False, 0
+        if self.sweep_when_back or self.down_since is not None:
+            self.sweep_when_back, self.next_sweep = False, 0
         if self.down_since is not None:
             away, self.down_since, self.next_refused = int(time.monotonic() - self.down_since), None, 0
             logger.info("The server is back after %s; %s waiting", timedelta(seconds=away), _count(_waiting(), "file"))
@@ -1392,7 +1391,6 @@ def retry_failed_uploads() -> None:
     """One sweep over failed_uploads/: one attempt a file, new files first. Ends early when it is the server's trouble:
     at once when it is away, busy or misconfigured, else after three files while it has accepted nothing at all."""
     check_settings()
-    _server.early_sweeps |= _server.next_sweep > 0  # this one comes in its time
     _server.marks, _server.sweep_when_back = (_server.marks[1], _server.accepted), False
     _server.next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
     due: list[str] = []
@@ -1418,7 +1416,6 @@ def retry_failed_uploads() -> None:
         except OSError as error:
             _rest(path, error)
             continue
-        _server.early_sweeps |= bool(answer)
         failed += not answer and answer.outcome is not Outcome.UNREADABLE
         if answer.outcome in _ENDS_SWEEP or (failed >= 3 and _server.accepted == _server.marks[1]):
             if answer.retry_after:
