@@ -455,7 +455,7 @@ class Record:
     refused: list[int] = field(default_factory=list)  # packets (counted from 0) that the server refused alone
     rounds: int = 0  # that failed
     in_a_row: int = IN_A_ROW  # so many packets refused in a row mean that it is not about packets
-    unanswered: bool = False  # a whole round ended without an answer to this very batch
+    unanswered: int = 0  # attempts, in rounds that ended without an answer to this very batch
     unreadable: bool = False  # no capture: not read again until it changes
     last_error: str = ""
     time: str = ""  # of the last failure, UTC
@@ -1097,15 +1097,15 @@ class Round:
             record.save(self.path)
             self.on_disk = (start, end)
         progress = f" ({end:,}/{record.packets:,} packets)" if end - start < record.packets else ""
-        # One without an answer goes through a whole round and one sweep before it is suspected: the server may have
-        # stored it, and one that knows keys can then say so.
-        suspected = () if self.in_vain else _PERHAPS if self.ends or record.unanswered else _PERHAPS[:2]
+        # One without an answer goes through as many attempts as a round has, and then one more, before it is suspected:
+        # the server may have stored it, and one that knows keys can then say so.
+        suspected = () if self.in_vain else _PERHAPS if self.ends or record.unanswered >= MAX_RETRIES else _PERHAPS[:2]
         body = self.capture.cut(start, end)
         return Batch(body, end - start, self.attempts, self.label, progress, suspected, bool(self.ends))
 
     def _accepted(self, packets: int) -> None:
         self.works, self.row, self.passed = True, 0, max(self.passed, packets)
-        self.record.uploaded, self.record.unanswered = self.record.uploaded + packets, False
+        self.record.uploaded, self.record.unanswered = self.record.uploaded + packets, 0
         if not self.ends:
             _server.learn(packets)
             self.size = _server.size
@@ -1124,7 +1124,7 @@ class Round:
         if not self.ends:  # a batch of this packet alone
             self.ends, self.refused = [record.uploaded + 1], len(record.refused)
         record.refused.append(record.uploaded)
-        record.uploaded, record.unanswered, record.last_error = record.uploaded + 1, False, answer.reason
+        record.uploaded, record.unanswered, record.last_error = record.uploaded + 1, 0, answer.reason
         self.row += 1
         if self.row < record.in_a_row and len(record.refused) < record.packets:
             return False
@@ -1148,7 +1148,8 @@ class Round:
         else:
             lasting = self.searched > _server.limit  # it was tried once more
             _server.limit, _server.at_limit = (_server.limit, _server.at_limit + 1) if lasting else (self.passed, 0)
-            self.size = _server.size = _server.limit
+            slow = _server.took > REQUEST_TIMEOUT / 2
+            self.size = _server.size = max(1, _server.limit // 2) if slow else _server.limit
             what = f"it was the size, {self.passed:,} packets pass; set BATCH_SIZE to that if it stays so"
             logger.log(logging.DEBUG if self.told else logging.WARNING, "%s%s", self.label, what)
             self.told = True
@@ -1196,7 +1197,7 @@ def _round(path: str, data: str, attempts: int, fresh: bool = False) -> Answer:
             return answer
         if not answer:
             record.rounds, record.last_error = record.rounds + 1, answer.reason
-            record.unanswered |= answer.outcome is Outcome.UNANSWERED
+            record.unanswered += attempts if answer.outcome is Outcome.UNANSWERED else 0
             record.time = datetime.now(timezone.utc).isoformat()
     try:
         _done(path, data, record) if answer else _failed(path, data, record, answer)

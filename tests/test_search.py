@@ -200,7 +200,7 @@ def test_no_run_of_bad_packets_blocks_its_file_for_ever(spool: Spool, run: int, 
         bad = set(range(10, 10 + run))
         sensor.refuse(what, bad)
         assert not sensor.new("a.json", capture(40))
-        for file in range(8):
+        for file in range(14):
             sensor.new(f"new{file}.json", capture(2, start=1000 + 2 * file))
             sensor.sweep()
         assert set(server.stored) >= set(range(40)) - bad
