@@ -478,6 +478,7 @@ class Record:
         if any(type(value) is not type(getattr(blank, name)) for name, value in vars(record).items()):
             raise TypeError("wrong types")
         sound = 0 <= record.uploaded <= max(record.packets, 0) <= record.size and record.batch_size > 0
+        sound &= max(record.size, record.batch_size, record.rounds, record.in_a_row, record.unanswered) < sys.maxsize
         if not sound or record.refused != sorted({n for n in record.refused if n in range(record.uploaded)}):
             raise ValueError("wrong numbers")
         return record
@@ -515,10 +516,11 @@ def _load(path: str, data: str) -> Record:
     status, record = os.lstat(data), _unsaved.get(path)
     try:
         record = record or Record.read(path + STATE)
-    except FileNotFoundError:
-        pass
     except _DAMAGED as error:
         _rest(path + STATE, error, "this record is ignored, the upload starts from the first packet")
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):  # the latter: the name leaves no room for one
+            raise
     return record if record and record.belongs_to(status) else Record(status.st_size, status.st_mtime_ns)
 
 

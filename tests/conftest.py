@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.machinery
 import importlib.util
@@ -122,11 +123,12 @@ class Spool:
 
     def tree(self) -> dict[str, int]:
         """Every file under logs/ but the lock and placeholders, with its size: what assertions compare and print."""
-        return {
-            path.relative_to(self.logs).as_posix(): path.lstat().st_size
-            for path in sorted(self.logs.rglob("*"))
-            if not path.is_dir() and path.name not in (".sender.lock", ".gitkeep")
-        }
+        sizes = {}
+        for path in sorted(self.logs.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):  # a sender is at work
+                if not path.is_dir() and path.name not in (".sender.lock", ".gitkeep"):
+                    sizes[path.relative_to(self.logs).as_posix()] = path.lstat().st_size
+        return sizes
 
     def names(self) -> list[str]:
         return list(self.tree())

@@ -440,7 +440,8 @@ def test_a_changed_batch_size_neither_repeats_nor_skips_a_packet(spool: Spool, r
                 after_batch(module, patch, 2, module.stop_sender)
             with serving(module) as thread:
                 wait_until(lambda: (spool.processed / X).exists() or not thread.is_alive(), "a stop or the end", 20)
-        assert max(batch_sizes(receiver)[sent:]) <= size
+        # The first one may be on the wire without an answer: it goes out again as it was.
+        assert max(batch_sizes(receiver)[sent + 1 :]) <= size
     assert spool.names() == ["processed/X.json"], spool.tree()
     assert receiver.packets() == texts(content)
     assert receiver.repeats == 0
@@ -790,36 +791,19 @@ def test_no_name_is_more_than_a_name_when_its_file_is_refused(spool: Spool, rece
 
 if sys.platform != "win32":  # where a path has at most 260 characters
 
-    @pytest.mark.parametrize("stem", ["n" * 244, "é" * 122, "😀" * 61], ids=["ascii", "two bytes", "four bytes"])
-    def test_the_longest_names_collide_without_harm(spool: Spool, receiver: IngestServer, stem: str) -> None:
-        """249 bytes: with .ready, the longest that a file system takes."""
-        name = stem + ".json"
-        assert len(os.fsencode(name)) == 249
-        contents = [capture(100 * number) for number in range(4)]
-        for content in contents[:2]:
-            spool.drop(name, content)
-            assert load(spool, receiver).process_json_file(spool.pending / name)
-        for content in contents[2:]:
-            spool.drop(name, content)
-            module = load(spool, receiver)
-            with pytest.MonkeyPatch.context() as patch:
-                after_batch(module, patch, 1, receiver.close)
-                assert not module.process_json_file(spool.pending / name)
-            receiver = again(receiver)
-        assert len(list(spool.failed.iterdir())) == 4, spool.tree()
-        with receiver, serving(load(spool, receiver)):
-            wait_until(lambda: not list(spool.failed.iterdir()), "all failed files are processed", 20)
-        kept = list(spool.processed.iterdir())
-        assert sorted(path.read_bytes() for path in kept) == contents
-        assert all(path.name.endswith(".json") for path in kept)
-        assert sorted(receiver.packets()) == sorted(texts(*contents))
-        assert receiver.repeats == 0
+    @pytest.mark.parametrize("length", [250, 255])
+    def test_a_failed_file_whose_name_leaves_no_room_for_a_record_is_delivered(
+        spool: Spool, receiver: IngestServer, length: int
+    ) -> None:
+        spool.failed.mkdir(parents=True)
+        name = "n" * (length - 5) + ".json"
+        (spool.failed / name).write_bytes(capture())
+        with serving(load(spool, receiver)):
+            wait_for(spool, f"processed/{name}")
+        assert receiver.packets() == texts(capture())
 
 
-ANY_NAMES = [
-    *("a.b", "x", "y.json.taken", "z.json.ready", "w.state", "v.json.state", "u.tmp", "t.txt", "s.JSON", "r.", "m m"),
-    *("%s", "q.rejected", "p.1.json", "rejected.json", ".o.json", "n.json.1"),
-]
+ANY_NAMES = ["a.b", "x", "t.txt", "s.JSON", "r.", "m m", "%s", "q.rejected", "p.1.json", "foo.rejected.json", ".o.json"]
 
 
 def test_every_data_file_in_failed_uploads_is_swept_whatever_its_name(spool: Spool, receiver: IngestServer) -> None:
@@ -836,27 +820,161 @@ def test_every_data_file_in_failed_uploads_is_swept_whatever_its_name(spool: Spo
     assert (spool.failed / ".gitkeep").exists()
 
 
-def test_a_capture_with_the_name_of_set_aside_packets_is_swept_too(spool: Spool, receiver: IngestServer) -> None:
-    content = spool.drop("foo.rejected.json", capture())
-    receiver.close()
-    assert not load(spool, receiver).process_json_file(spool.pending / "foo.rejected.json")
-    with again(receiver), serving(load(spool, receiver)):
-        wait_until(lambda: not list(spool.failed.iterdir()), f"failed_uploads/ is empty: {spool.tree()}", 20)
-    (kept,) = spool.processed.iterdir()
-    assert kept.read_bytes() == content
-    assert receiver.packets() == texts(content)
-
-
-def test_set_aside_packets_are_left_to_a_person(spool: Spool, receiver: IngestServer) -> None:
-    put(spool, ["failed_uploads/X.rejected.json", "failed_uploads/X.json"], capture())
-    (spool.failed / "X.rejected.json.state").write_text('{"file": "X.json"}')
-    before = spool.tree()
-    del before["failed_uploads/X.json"]
-    with serving(load(spool, receiver, RETRY_FAILED_INTERVAL=0.01)):
-        wait_until((spool.processed / X).exists, "X.json is swept", 20)
+def test_a_half_sent_file_moved_by_hand_goes_on_from_its_record(spool: Spool, receiver: IngestServer) -> None:
+    """mv pending_upload/* failed_uploads/"""
+    content = capture()
+    taken_half_way(spool, receiver, content)
+    spool.failed.mkdir(exist_ok=True)
+    for path in list(spool.pending.iterdir()):
+        path.rename(spool.failed / path.name)
+    with serving(load(spool, receiver)):
+        wait_for(spool, "processed/X.json")
         poll(spool)
-    (spool.processed / X).unlink()
-    assert spool.tree() == before
+    assert spool.names() == ["processed/X.json"], spool.tree()
+    assert (spool.processed / X).read_bytes() == content
+    assert (receiver.packets(), receiver.repeats) == (texts(content), 0)
+
+
+def test_a_hundred_thousand_files_of_one_name_cost_a_few_looks(
+    spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool.processed.mkdir(parents=True)
+    (spool.processed / X).write_bytes(b"old")
+    real, looks = os.lstat, []
+
+    def crowded(path: Any, **options: Any) -> os.stat_result:
+        name = Path(os.fspath(path)).name
+        if number := re.fullmatch(r"X\.(\d+)\.json", name):
+            looks.append(name)
+            if int(number[1]) < 100_000:
+                return real(spool.processed / X)
+        return real(path, **options)
+
+    module = load(spool, receiver)
+    spool.drop(X, capture())
+    monkeypatch.setattr(os, "lstat", crowded)
+    assert module.process_json_file(spool.pending / X)
+    assert "processed/X.100000.json" in spool.names()
+    assert len(looks) <= 40
+
+
+def test_a_file_that_grows_while_its_last_batch_is_on_the_wire_is_not_done_but_read_again(
+    spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sniffer may write on for a moment into a file that has its marker."""
+    spool.drop(X, capture(count=3))
+    whole = capture(count=8)
+    module = load(spool, receiver)
+    after_batch(module, monkeypatch, 1, lambda: (spool.pending / "X.json.taken").write_bytes(whole))
+    with serving(module):
+        wait_for(spool, "processed/X.json")
+    assert (spool.processed / X).read_bytes() == whole
+    assert set(texts(whole)) <= set(receiver.packets())
+
+
+def test_a_file_that_needs_more_memory_than_there_is_fails_alone(
+    spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = load(spool, receiver)
+    cut = module.Capture.cut
+
+    def greedy(self: Any, start: int, stop: int) -> bytes:
+        if self.status.st_size > 2000:
+            raise MemoryError
+        return bytes(cut(self, start, stop))
+
+    monkeypatch.setattr(module.Capture, "cut", greedy)
+    spool.drop(X, capture(count=100))
+    spool.drop("Y.json", capture(1000))
+    with serving(module):
+        wait_until(lambda: {"processed/Y.json", "failed_uploads/X.json"} <= set(spool.names()), "the other goes on", 20)
+    assert "memory" in caplog.text
+    with serving(load(spool, receiver)):
+        wait_for(spool, "processed/X.json")
+
+
+def test_a_file_that_another_program_keeps_open_rests_and_holds_up_no_other(
+    spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On Windows that is ordinary."""
+    for name in ("a.json", "b.json", "z.json"):
+        spool.drop(name, capture(100 * ord(name[0])))
+    rename, tried = os.rename, []
+
+    def held(source: Any, target: Any) -> None:
+        if Path(source).name in ("a.json", "b.json"):
+            tried.append(Path(source).name)
+            raise PermissionError(13, "The process cannot access the file", os.fspath(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", held)
+    module = load(spool, receiver)
+    with serving(module):
+        wait_until(lambda: "processed/z.json" in spool.names(), "the third goes on", 20)
+        for _ in range(5):
+            poll(spool)
+        assert tried == ["a.json", "b.json"], "they rest"
+    assert len(lines(caplog, "a.json")) == 1
+    monkeypatch.undo()
+    with serving(load(spool, receiver)):
+        wait_for(spool, "processed/a.json", "processed/b.json")
+
+
+if sys.platform != "win32":
+
+    def test_a_record_and_the_lock_are_the_owners_alone(spool: Spool, receiver: IngestServer) -> None:
+        taken_half_way(spool, receiver, capture())
+        with serving(load(spool, receiver)):
+            wait_for(spool, "processed/X.json")
+        spool.drop(X, b"[")
+        load(spool, receiver).process_json_file(spool.pending / X)
+        for path in (spool.failed / "X.json.state", spool.logs / ".sender.lock"):
+            assert path.stat().st_mode & 0o777 == 0o600
+
+    def test_a_record_of_another_user_is_not_believed(
+        spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """He who may write to pending_upload/ could else have files pass for delivered."""
+        content = spool.drop(X, capture())
+        status = (spool.pending / X).stat()
+        record = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "packets": 12, "uploaded": 12}
+        (spool.pending / "X.json.state").write_text(json.dumps(record))
+        module = load(spool, receiver)
+        monkeypatch.setattr(module, "_UID", os.geteuid() + 1)
+        assert module.process_json_file(spool.pending / X)
+        assert receiver.packets() == texts(content)
+        assert "another user" in caplog.text
+
+    def test_a_marker_is_put_back_through_no_link(
+        spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        outside = tmp_path / "outside"
+        spool.drop(X, capture())
+        marker = spool.pending / "X.json.ready"
+
+        def race() -> None:
+            (spool.pending / X).write_bytes(capture(100))
+            marker.symlink_to(outside)
+
+        at_call(monkeypatch, "unlink remove", marker, race, True)
+        load(spool, receiver).process_json_file(spool.pending / X)
+        assert not outside.exists()
+
+
+@pytest.mark.parametrize("odd", ["X.json.taken", "X.json.ready"])
+def test_a_folder_where_a_taken_file_or_a_marker_belongs_is_told_once(
+    spool: Spool, receiver: IngestServer, caplog: pytest.LogCaptureFixture, odd: str
+) -> None:
+    spool.pending.mkdir(parents=True)
+    (spool.pending / X).write_bytes(capture())
+    (spool.pending / "X.json.ready").touch() if "taken" in odd else None
+    (spool.pending / odd).mkdir()
+    with serving(load(spool, receiver)):
+        for _ in range(4):
+            poll(spool)
+    assert (spool.pending / X).is_file()
+    assert batch_sizes(receiver).count(12) == 0
+    assert len([line for line in lines(caplog, "X.json") if "not a regular file" in line]) == 1
 
 
 # ---------------------------------------------------------------- what is not a regular file
@@ -1187,7 +1305,7 @@ def test_a_file_that_cannot_be_taken_is_never_uploaded_and_told_once(
 ) -> None:
     """A folder without write permission must not become a storm of duplicates."""
     content = spool.drop(X, capture())
-    module = load(spool, receiver)
+    module = load(spool, receiver, RETRY_FAILED_INTERVAL=0.1)
     with monkeypatch.context() as patch:
         tried = fail_moves_to(patch, spool.pending)
         with serving(module):
@@ -1210,15 +1328,13 @@ def age(path: Path, days: float) -> None:
     os.utime(path, (then, then))
 
 
-def test_days_of_keeping_count_from_the_upload_and_not_from_the_capture(spool: Spool, receiver: IngestServer) -> None:
-    spool.drop(X, capture())
-    age(spool.pending / X, 100)
-    put(spool, ["failed_uploads/X.json"], capture(100), "Y.json")
-    age(spool.failed / "Y.json", 100)
+def test_days_of_keeping_count_from_the_capture(spool: Spool, receiver: IngestServer) -> None:
+    for name, days in ((X, 100), ("Y.json", 0.5)):
+        spool.drop(name, capture(ord(name[0]) * 100))
+        age(spool.pending / name, days)
     with serving(load(spool, receiver, KEEP_PROCESSED_DAYS=1, RETRY_FAILED_INTERVAL=0.01)):
-        wait_for(spool, "processed/X.json", "processed/Y.json")
-        poll(spool)
-    assert spool.names() == ["processed/X.json", "processed/Y.json"], spool.tree()
+        wait_until(lambda: len(receiver.packets()) == 24, "both are uploaded", 20)
+        wait_until(lambda: spool.names() == ["processed/Y.json"], "X.json is deleted", 20)
 
 
 def test_only_uploaded_captures_are_deleted_and_only_when_they_are_old(spool: Spool, receiver: IngestServer) -> None:
