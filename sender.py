@@ -55,6 +55,7 @@ import socket
 import ssl
 import stat
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -408,10 +409,13 @@ def _create(path: str) -> int:
 
 def _exists(path: str) -> bool:
     """lexists() that raises OSError where it cannot tell; that one says no, and a rename would overwrite."""
-    with contextlib.suppress(FileNotFoundError):
+    try:
         os.lstat(path)
-        return True
-    return False
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+            raise
+        return False
+    return True
 
 
 def _free_path(folder: Path, name: str) -> str:
@@ -833,6 +837,7 @@ def _session(url: str, token: str) -> tuple[_Adapter, requests.PreparedRequest, 
         post = session.prepare_request(requests.Request("POST", url, headers=headers, auth=auth))
         options: dict[str, Any] = dict(session.merge_environment_settings(url, {}, True, bundle, None))
         for proxy in options["proxies"].values():
+            requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call]
             urllib3.util.parse_url(proxy)
     except (ValueError, TypeError):  # not with its text: it may quote a password
         what = "the .netrc, a proxy's URL, or the password in SERVER_URL is malformed or has an odd character"
@@ -1634,18 +1639,20 @@ def print_status(as_json: bool = False) -> bool:
     facts = _facts()
     lines = [f"Sender  {'running (pid ' + facts['pid'] + ')' if facts['running'] else 'not running'}"]
     lines.append(f"Server  {facts['server_trouble'] or 'reachable'}, {facts['server']}")
-    lines.append(f"\n{'':16}{'files':>9}{'MB':>12}   {'oldest':<20}newest")
+    lines.append(f"\n{'':16}{'files':>9}{'kB':>14}   {'oldest':<20}newest")
     for name in ("pending_upload", "failed_uploads", "processed"):
         row = facts[name]
         ages = ["-" if row[age] is None else str(timedelta(seconds=row[age])) for age in ("oldest", "newest")]
-        lines.append(f"{name:16}{row['files']:>9,}{row['bytes'] / 1e6:>12,.1f}   {ages[0]:<20}{ages[1]}")
+        lines.append(f"{name:16}{row['files']:>9,}{row['bytes'] / 1000:>14,.1f}   {ages[0]:<20}{ages[1]}")
     lines += ["\nLatest failures"] if facts["latest_failures"] else []
     for failure in facts["latest_failures"]:
         refused = f"refused: {_packets(failure['refused'])}; " if failure["refused"] else ""
         lines.append(f"  {_printable(failure['file'])}\n      {refused}{failure['reason']}")
     lines += [f"\nNo marker: {_printable(name)}" for name in facts["without_marker"][:5]]
     lines.append(f"\nNot well: {', '.join(facts['problems'])}." if facts["problems"] else "\nAll is well.")
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(lines), flush=True)
+    fill = functools.partial(textwrap.fill, width=80, subsequent_indent=" " * 8, break_on_hyphens=False)
+    table = "\n".join(fill(line) if len(line) > 80 else line for line in "\n".join(lines).split("\n"))
+    print(json.dumps(facts, indent=1) if as_json else table, flush=True)
     return bool(facts["well"])
 
 
@@ -1732,6 +1739,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         if _bad_settings:
             return 2
         if options.status:
+            logger.setLevel(logging.CRITICAL)  # what is amiss stands in the table
             return 0 if print_status(options.json) else 1
         return _run(options.once)
     except BrokenPipeError:  # the console has gone: --status | head -1

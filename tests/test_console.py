@@ -229,7 +229,7 @@ def test_an_outage_ends_with_how_long_the_server_was_away_and_how_many_files_are
         sender.wait()
     lines = console_lines(spool.console())
     back = one(lines, r"^INFO - .*\b(again|back)\b")
-    assert re.search(r"\d+ (second|minute)s?\b", back), back
+    assert re.search(r"after \d+:\d\d:\d\d;", back), back
     assert re.search(r"waiting\D*[67]\b|\b[67]\b[^.]*waiting", back), back
     for number in range(1, 6):
         assert count(lines, rf"\b{number}\.json.*Cannot connect to server .*\(attempt") == 2
@@ -445,7 +445,7 @@ def test_status_of_a_server_that_is_away_says_so_with_the_reason_and_exits_1(spo
 
 
 @pytest.mark.parametrize("words", [b"", b"HTTP/1.1 200 OK\r\nX-Drip: "], ids=["silent", "dripping"])
-def test_status_of_a_server_that_accepts_and_never_answers_takes_about_two_seconds(spool: Spool, words: bytes) -> None:
+def test_status_of_a_server_that_accepts_and_never_answers_takes_about_five_seconds(spool: Spool, words: bytes) -> None:
     """With some words, one more byte every tenth of a second: such an answer never ends either."""
     ending = threading.Event()
 
@@ -471,7 +471,7 @@ def test_status_of_a_server_that_accepts_and_never_answers_takes_about_two_secon
     for connection in connections:
         connection.close()
     assert re.search(r"not reachable|unreachable|no answer", output), output
-    assert took < 5, f"{took:.1f} seconds"
+    assert took < 9, f"{took:.1f} seconds"
 
 
 def test_status_does_not_wait_for_a_name_look_up_that_hangs(spool: Spool) -> None:
@@ -487,14 +487,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     took = time.monotonic() - started
     assert (run.returncode, run.stderr) == (1, "")
     assert re.search(r"not reachable|unreachable|no answer", run.stdout), run.stdout
-    assert took < 5, f"{took:.1f} seconds"
+    assert took < 9, f"{took:.1f} seconds"
 
 
 def test_status_gives_count_bytes_and_age_of_the_oldest_for_each_folder(spool: Spool) -> None:
     layout = {  # folder: sizes of its files, age of the oldest, how that reads
-        "pending_upload": ([700, 800], 3 * HOUR + 60, r"\b3 ?h"),
-        "failed_uploads": ([2_000_000, 500_000, 100], 5 * DAY + 60, r"\b5 ?d"),
-        "processed": ([40_000] * 12, 17 * 60 + 5, r"\b17 ?m"),
+        "pending_upload": ([700, 800], 3 * HOUR + 60, r"\b3:01:"),
+        "failed_uploads": ([2_000_000, 500_000, 100], 5 * DAY + 60, r"\b5 days"),
+        "processed": ([40_000] * 12, 17 * 60 + 5, r"\b0:17:"),
     }
     totals = {"pending_upload": r"\b1[.,]50? ?[kK]|1,500", "failed_uploads": r"\b2[.,]5", "processed": r"\b480"}
     now = time.time()

@@ -890,7 +890,7 @@ def test_a_file_that_needs_more_memory_than_there_is_fails_alone(
         wait_until(lambda: {"processed/Y.json", "failed_uploads/X.json"} <= set(spool.names()), "the other goes on", 20)
     assert "memory" in caplog.text
     with serving(load(spool, receiver)):
-        wait_for(spool, "processed/X.json")
+        wait_for(spool, "processed/X.json", "processed/Y.json")
 
 
 def test_a_file_that_another_program_keeps_open_rests_and_holds_up_no_other(
@@ -917,7 +917,7 @@ def test_a_file_that_another_program_keeps_open_rests_and_holds_up_no_other(
     assert len(lines(caplog, "a.json")) == 1
     monkeypatch.undo()
     with serving(load(spool, receiver)):
-        wait_for(spool, "processed/a.json", "processed/b.json")
+        wait_for(spool, "processed/a.json", "processed/b.json", "processed/z.json")
 
 
 if sys.platform != "win32":
