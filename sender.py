@@ -45,7 +45,6 @@ import io
 import json
 import logging
 import logging.handlers
-import operator
 import os
 import queue
 import random
@@ -98,6 +97,7 @@ except FileNotFoundError:
     pass  # it is optional
 except (OSError, ValueError) as _error:
     _bad_settings.append(f".env cannot be read ({_error}): it must be a text file in UTF-8")
+_env_file = set(_environment)
 _environment.update(os.environ)
 
 
@@ -109,7 +109,7 @@ def _setting(name: str, default: T, allowed: str, valid: Callable[[Any], object]
             value = type(default)(text)
             if not valid(value):
                 raise ValueError(text)
-    except (ValueError, RuntimeError):  # the latter from a ~ without a home
+    except (ValueError, RuntimeError, OSError):  # from a ~ without a home, from a name too long
         value, shown = default, "***" if name == "API_TOKEN" else re.sub(r"(?s).*@|[?#;].*", "***", text)
         _bad_settings.append(f"{name}={_printable(shown)} is not allowed: it must be {allowed}")
     _settings[name] = value
@@ -135,9 +135,9 @@ def _printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-_ABOVE_0 = ("a number of seconds above 0", functools.partial(operator.lt, 0))
-_FROM_0 = ("a number from 0 upwards", functools.partial(operator.le, 0))
-_WHOLE = ("a whole number from 1 upwards", functools.partial(operator.le, 1))
+_ABOVE_0 = ("a number of seconds above 0, at most 1000000", lambda number: 0 < number <= 1_000_000)
+_FROM_0 = ("a number from 0 to 1000000", lambda number: 0 <= number <= 1_000_000)
+_WHOLE = ("a whole number from 1 to 1000000", lambda number: 1 <= number <= 1_000_000)
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 SERVER_URL = _setting("SERVER_URL", "http://localhost:8000/ingest", "an http or https URL with a host", _usable_url)
@@ -282,12 +282,13 @@ def _name(path: str) -> str:
     return _printable(os.path.basename(path))
 
 
-def _rest(path: str, error: Exception, consequence: str = "it is left alone for now and tried again") -> None:
+def _rest(path: str, error: Exception, then: str = "it is left alone for now and tried again") -> None:
     """Let a file whose file operation failed rest, longer each time; tell of it once for as long as that lasts."""
-    text = f"{_name(path)}: {_reason(error)}; {consequence}"
+    text = f"{_name(path)}: {_reason(error)}; {then}"
     _, pause, told = _resting.get(path, (0, 2.5, ""))
     if text != told:
-        logger.log(logging.ERROR if isinstance(error, NotRegular) else logging.WARNING, "%s", text)
+        needs_person = isinstance(error, NotRegular) or then.endswith("mended")
+        logger.log(logging.ERROR if needs_person else logging.WARNING, "%s", text)
     pause = min(2 * pause, RETRY_FAILED_INTERVAL)
     _resting[path] = (time.monotonic() + pause, pause, text)
 
@@ -358,11 +359,13 @@ else:
     def _lock_file(fd: int, shared: bool = False) -> None:
         fcntl.flock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
 
-    def _close_lock() -> None:
-        while _lock_fds:
-            os.close(_lock_fds.pop())
 
-    os.register_at_fork(after_in_child=_close_lock)  # else a child of the host keeps the lock alive
+def _close_lock() -> None:
+    while _lock_fds:
+        os.close(_lock_fds.pop())
+
+
+getattr(os, "register_at_fork", dict)(after_in_child=_close_lock)  # else a child of the host keeps the lock alive
 
 
 def _sync_folder(folder: str) -> None:
@@ -1521,7 +1524,7 @@ def monitor_and_upload(once: bool = False) -> None:
         check_settings()
         with _only_sender():
             _check_folders()
-            for name in sorted(_environment.keys() - os.environ.keys() - _settings.keys()):
+            for name in sorted(_env_file - _settings.keys()):
                 for meant in difflib.get_close_matches(name, _settings, 1, 0.8):
                     logger.warning(".env: %s is no setting and is ignored; %s is", _printable(name), meant)
             logger.info("Watching %s, uploading to %s", _printable(PENDING_DIR), _public_url())
@@ -1585,7 +1588,7 @@ def _failures(names: set[str]) -> list[dict[str, Any]]:
             reason = _one_line(record.last_error) or "not tried yet"
             known = {key: getattr(record, key) for key in ("packets", "uploaded", "refused", "rounds", "time")}
             failures.append({"file": name, "reason": reason, **known})
-    return sorted(failures, key=lambda failure: str(failure["time"]), reverse=True)
+    return sorted(failures, key=lambda failure: (failure["time"], failure["file"]), reverse=True)
 
 
 def _facts() -> dict[str, Any]:
@@ -1694,7 +1697,7 @@ def _show_log() -> logging.handlers.QueueListener:
 
 def _run(once: bool) -> int:
     """Run the loop in a thread of its own: on Windows, a signal interrupts no socket call. Returns the exit status."""
-    status = [1]
+    status, asked = [1], False
 
     def work() -> None:
         try:
@@ -1704,7 +1707,8 @@ def _run(once: bool) -> int:
             logger.error("%s", _printable(error))
 
     def on_signal(number: int, frame: object) -> None:
-        stop_sender()
+        nonlocal asked
+        asked = True
         for again in _STOP_SIGNALS:
             signal.signal(again, signal.SIG_DFL)  # the second one ends the program at once
         logger.info("Stopping when the current request is finished; once more (Ctrl-C) ends it at once")
@@ -1715,6 +1719,8 @@ def _run(once: bool) -> int:
     worker.start()
     while worker.is_alive():
         worker.join(0.2)
+        if asked:  # said again as long as it takes: the loop may not have begun
+            stop_sender()
     return status[0]
 
 

@@ -378,7 +378,9 @@ class Disk:
         real["scandir"] = os.scandir
         hooks: dict[str, Any] = {name: traced(name, getattr(os, name)) for name in ("unlink", "mkdir", "utime", "link")}
         hooks.update(remove=hooks["unlink"], rename=traced("rename", os.rename), replace=traced("rename", os.replace))
-        hooks.update(lstat=looking(os.lstat), scandir=looking(os.scandir), fsync=self.fsync, write=writing, open=opening)
+        hooks.update(
+            lstat=looking(os.lstat), scandir=looking(os.scandir), fsync=self.fsync, write=writing, open=opening
+        )
         hooks.update(register_at_fork=lambda **_: None)  # it would keep each module for ever
         with mock.patch.multiple(os, **hooks), mock.patch("builtins.open", opening_file):
             yield
@@ -581,7 +583,9 @@ class Producer:
         number = self.rng.randint(0, 99) if self.has("disorder") else 100 + len(self.names)
         name = f"cap_{number:03}.json"
         if self.has("odd names"):
-            name = self.rng.choice(('a b "c".json', "new\nline.json", "%s%d.json", "\x1b[31m\udcff.json", "x.json.json"))
+            name = self.rng.choice(
+                ('a b "c".json', "new\nline.json", "%s%d.json", "\x1b[31m\udcff.json", "x.json.json")
+            )
         if self.names and self.has("same names"):
             name = self.rng.choice(self.names)
         self.names.append(name)
@@ -591,20 +595,34 @@ class Producer:
         """A capture in one of many layouts."""
         rng = self.rng
         odd = rng.choice(("", '"s": "}, {\\"n\\"", ', '"l": [{"n": 0}, {"n": 1}], ', '"o": {"n": [{}]}, '))
-        gap, begin, end = rng.choice(((", ", "[", "]"), (",", "[", "]"), (" ,\n ", "\ufeff[\n", "\n]\n"), (",\n", " [ ", " ]")))
-        packets = [f'{{{odd if rng.random() < 0.5 else ""}"n": {first + index}, "w": "{WORD}"}}' for index in range(count)]
+        gap, begin, end = rng.choice(
+            ((", ", "[", "]"), (",", "[", "]"), (" ,\n ", "\ufeff[\n", "\n]\n"), (",\n", " [ ", " ]"))
+        )
+        packets = [
+            f'{{{odd if rng.random() < 0.5 else ""}"n": {first + index}, "w": "{WORD}"}}' for index in range(count)
+        ]
         return (begin + gap.join(packets) + end).encode()
 
     def spoil(self, text: bytes) -> bytes:
         return self.rng.choice(
-            (text[: len(text) * 2 // 3], text[:-3] + b"\0" * 9, text + b"]", text.replace(b"]", b", 7]"), b"", b"{}", b"\xff[]")
+            (
+                text[: len(text) * 2 // 3],
+                text[:-3] + b"\0" * 9,
+                text + b"]",
+                text.replace(b"]", b", 7]"),
+                b"",
+                b"{}",
+                b"\xff[]",
+            )
         )
 
     def new(self, healthy: bool = False) -> Capture:
         """A capture that will be dropped, with its bad packets."""
         rng, first = self.rng, next(self.serial) * ROOM
         size = self.life.batch_size
-        count = 1 if healthy else rng.choice((0, 1, 2, size, size + 1, rng.randint(1, 3 * size), rng.randint(1, 3 * size)))
+        count = (
+            1 if healthy else rng.choice((0, 1, 2, size, size + 1, rng.randint(1, 3 * size), rng.randint(1, 3 * size)))
+        )
         count = rng.randint(20, 40) if not healthy and self.has("large", 0.3) else count
         text = self.text(first, count)
         capture = Capture(first, f"now_{first}.json" if healthy else self.name(), count, text)
@@ -633,14 +651,20 @@ class Producer:
         for _ in range(self.rng.randint(1, 7)):
             when, capture, early = begin + self.rng.uniform(0, span), self.new(), 0.0
             late = self.rng.choice((0.0, 3.0, 70.0)) if self.has("markers") else 0.0
-            if self.has("markers", 0.3) and self.names.count(capture.name) == 1 and "same names" not in self.life.features:
+            if (
+                self.has("markers", 0.3)
+                and self.names.count(capture.name) == 1
+                and "same names" not in self.life.features
+            ):
                 early = 2.0
                 self.life.at(when - early, (self.folder / (capture.name + READY)).touch)
             self.life.at(when, functools.partial(self.drop, capture, late == 0))
             if late:
                 self.life.at(when + late, functools.partial(self.mark, capture))
             if capture.grown and (capture.valid or self.has("growing")):
-                self.life.at(when + late + self.rng.choice((0.0, 0.2, 1.0, 5.0, 30.0)), functools.partial(self.grow, capture))
+                self.life.at(
+                    when + late + self.rng.choice((0.0, 0.2, 1.0, 5.0, 30.0)), functools.partial(self.grow, capture)
+                )
 
     def drop(self, capture: Capture, mark: bool = True) -> None:
         path = str(self.folder / capture.name)
@@ -811,7 +835,12 @@ class Life:
             folder, blind = rng.choice((PENDING, FAILED, PROCESSED)), rng.random() < 0.3
             what = f"{folder} may not be {'read' if blind else 'written'}"
             self.for_a_while(what, lambda shut: setattr(self.disk, "closed", {folder: blind} if shut else {}))
-        for feature, happen in (("clock", self.jump), ("person", self.interfere), ("stops", self.stop), ("kills", self.doom)):
+        for feature, happen in (
+            ("clock", self.jump),
+            ("person", self.interfere),
+            ("stops", self.stop),
+            ("kills", self.doom),
+        ):
             for _ in range(rng.randint(1, 3) if has(feature) else 0):
                 self.at(begin + rng.uniform(0, self.span), happen)
 
@@ -1023,9 +1052,13 @@ class Life:
         """No ready file waits while the others have their turns (SPEC 3, 6)."""
         if not self.disk.refusals:
             for capture in self.captures:
-                waits = capture.ready is not None and capture.count and capture.valid and capture.disturbed != self.starts
+                waits = (
+                    capture.ready is not None and capture.count and capture.valid and capture.disturbed != self.starts
+                )
                 if waits and self.turns - (capture.ready or 0) > 2 * len(self.captures) + 4:
-                    raise Wrong(f"{capture} is ready, and waits for {self.turns - (capture.ready or 0)} turns of others")
+                    raise Wrong(
+                        f"{capture} is ready, and waits for {self.turns - (capture.ready or 0)} turns of others"
+                    )
 
     def unfinished(self) -> str:
         """What is still to come, or nothing."""
@@ -1038,7 +1071,9 @@ class Life:
             if missing and len(missing) < capture.count:
                 listed = self.ledger.record(path).get("refused", [])
                 if listed != [number - capture.first for number in missing]:
-                    return f"{capture}: {[number - capture.first for number in missing]} are missing, listed are {listed}"
+                    return (
+                        f"{capture}: {[number - capture.first for number in missing]} are missing, listed are {listed}"
+                    )
         left = sorted(name for name in os.listdir(self.root / PENDING) if not name.endswith(READY))
         return f"left in {PENDING}: {left}" if left else ""
 
@@ -1175,7 +1210,9 @@ class Life:
                     raise Wrong(f"{capture} has become {self.disk.short(path)}")
                 if Path(path).read_bytes() != capture.text:
                     raise Wrong(f"{self.disk.short(path)} is not what its producer wrote")
-        if "collisions" in self.features and not any(b"older" in f.read_bytes()[:5] for f in self.root.glob("*/*.json")):
+        if "collisions" in self.features and not any(
+            b"older" in f.read_bytes()[:5] for f in self.root.glob("*/*.json")
+        ):
             raise Wrong("a file that was there before is gone")
 
 

@@ -496,7 +496,7 @@ def test_status_gives_count_bytes_and_age_of_the_oldest_for_each_folder(spool: S
         "failed_uploads": ([2_000_000, 500_000, 100], 5 * DAY + 60, r"\b5 days"),
         "processed": ([40_000] * 12, 17 * 60 + 5, r"\b0:17:"),
     }
-    totals = {"pending_upload": r"\b1[.,]50? ?[kK]|1,500", "failed_uploads": r"\b2[.,]5", "processed": r"\b480"}
+    totals = {"pending_upload": r"\b1\.5\b", "failed_uploads": r"\b2[.,]5", "processed": r"\b480"}
     now = time.time()
     for folder, (sizes, age, _) in layout.items():
         (spool.logs / folder).mkdir(parents=True)
@@ -564,6 +564,7 @@ def test_status_tells_of_json_files_without_a_marker(spool: Spool) -> None:
     for number in range(3):
         spool.drop(f"orphan{number}.json", numbered(1))
         (spool.pending / f"orphan{number}.json.ready").unlink()
+        os.utime(spool.pending / f"orphan{number}.json", (1, 1))
     output = status(spool, 1, SERVER_URL="http://127.0.0.1:9/")
     about(output, "marker")
     assert re.search(r"\b3\b.*marker|marker.*\b3\b", output) or len(set(re.findall(r"orphan\d", output))) == 3, output
@@ -670,7 +671,7 @@ def test_status_of_20_000_files_is_quick_and_exact(spool: Spool) -> None:
     took = time.monotonic() - started
     assert re.search(r"\b20,?000\b", about(output, "processed")), output
     assert re.search(r"\b2,?000\b", about(output, "failed_uploads")), output
-    assert re.search(r"\b40([.,]0)? ?[kK]|\b40,?000\b|\b39[.,]1 ?K", about(output, "processed")), output
+    assert re.search(r"\b40\.0\b", about(output, "processed")), output
     assert took < 10, f"{took:.1f} seconds"
 
 

@@ -6,7 +6,6 @@ import ast
 import errno
 import functools
 import json
-import logging
 import os
 import sqlite3
 import subprocess
@@ -46,14 +45,18 @@ def life_of_files(spool: Spool, module: ModuleType, server: ScriptedServer) -> N
     module.retry_failed_uploads()
     server.script = lambda request: reply(422) if b"poison" in request.body else None
     refused = spool.drop("refused.json", [packet(20), packet(21, dns_qname="poison"), packet(22), packet(23)])
-    assert module.process_json_file(spool.pending / "refused.json")
+    assert not module.process_json_file(spool.pending / "refused.json")
+    assert json.loads((spool.failed / "refused.json.state").read_bytes())["refused"] == [1]
+    assert server.stored == Counter([0, 1, 2, 3, 4, 9, 10, 11, 12, 13, 20, 22, 23])
+    server.script = accept
+    module._server.next_refused = 0  # an hour later
+    module.retry_failed_uploads()
     contents = {path.name: path.read_bytes() for path in spool.processed.iterdir()}
     expected = {"a.json": first, "a.1.json": second, "failing.json": failing, "refused.json": refused}
     assert contents == expected, spool.tree()
     assert (spool.failed / "bad.json").read_bytes() == bad
-    assert json.loads((spool.failed / "refused.rejected.json").read_bytes()) == [packet(21, dns_qname="poison")]
     assert list(spool.pending.iterdir()) == []
-    assert server.stored == Counter([0, 1, 2, 3, 4, 9, 10, 11, 12, 13, 20, 22, 23])
+    assert server.stored == Counter([0, 1, 2, 3, 4, 9, 10, 11, 12, 13, 20, 21, 22, 23])
 
 
 # ---------------------------------------------------------------- Windows
@@ -115,7 +118,7 @@ def _locking(fd, mode, size):
 
 msvcrt.locking = _locking
 LACKING = (
-    "O_NOFOLLOW O_NONBLOCK O_CLOEXEC O_DIRECTORY O_SYNC pread pwrite fork getuid geteuid chown mkfifo statvfs sync "
+    "O_NOFOLLOW O_NONBLOCK O_CLOEXEC O_DIRECTORY O_SYNC pread pwrite fork getuid chown mkfifo statvfs sync "
     "posix_fadvise sendfile fchown fchmod uname killpg setsid nice"
 ).split()
 
@@ -224,42 +227,22 @@ runpy.run_path(sys.argv[0], run_name="__main__")
             return refuse_first
 
     @pytest.mark.usefixtures("windows")
-    def test_on_windows_renames_that_a_virus_scanner_refuses_for_a_moment_are_tried_again(
+    def test_on_windows_a_file_that_a_virus_scanner_holds_for_a_moment_rests_and_is_delivered_once(
         spool: Spool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        caplog.set_level(logging.INFO)
-        content = spool.drop("a.json", numbered(5))
+        spool.drop("a.json", numbered(5))
         with ScriptedServer() as server:
             module = spool.load(SERVER_URL=server.url, BATCH_SIZE=2)
-            clock, scanner = Clock(module), Scanner(monkeypatch, patience=5)
-            assert module.process_json_file(spool.pending / "a.json")
+            clock, scanner = Clock(module), Scanner(monkeypatch, patience=2)
+            asked = []
+            while "processed/a.json" not in spool.names():
+                asked.append(bool(module.process_json_file(spool.pending / "a.json")))
+                assert len(asked) < 10
+        assert clock.slept == 0, "no other file is held up"
         assert len(scanner.refused) >= 3  # the take, the progress, the move
-        assert set(scanner.refused.values()) == {5}
-        assert 0 < clock.slept < 0.4 * sum(scanner.refused.values())
-        assert spool.tree() == {"processed/a.json": len(content)}
         assert server.stored == Counter(range(5))
-        assert {record.levelname for record in caplog.records} == {"INFO"}
-
-    @pytest.mark.usefixtures("windows")
-    def test_on_windows_a_rename_is_given_up_after_about_two_seconds_and_nothing_is_sent_until_it_works(
-        spool: Spool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        spool.drop("a.json", numbered(3))
-        with ScriptedServer() as server:
-            module = spool.load(SERVER_URL=server.url)
-            clock, scanner = Clock(module), Scanner(monkeypatch, patience=float("inf"))
-            assert not module.process_json_file(spool.pending / "a.json")
-            assert 1 <= clock.slept <= 4
-            assert server.requests == []
-            assert "pending_upload/a.json" in spool.names()
-            told = [record for record in caplog.records if "a.json" in record.getMessage()]
-            assert len(told) == 1
-            assert not module.process_json_file(spool.pending / "a.json")
-            assert told == [record for record in caplog.records if "a.json" in record.getMessage()]
-            scanner.patience = 0
-            assert module.process_json_file(spool.pending / "a.json")
-        assert server.stored == Counter(range(3))
-        assert spool.names() == ["processed/a.json"]
+        assert len(server.requests) == 3
+        assert {record.levelname for record in caplog.records} <= {"INFO", "WARNING"}, "it heals by itself"
 
     @pytest.mark.usefixtures("windows")
     def test_on_windows_a_last_move_that_is_refused_is_made_later_without_a_second_upload(
@@ -323,7 +306,7 @@ def test_an_sqlite3_without_json_functions_reads_as_exactly(spool: Spool, monkey
             raise sqlite3.OperationalError("no such function: json_valid")
 
     connect = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda *arguments: connect(*arguments, factory=Old))
+    monkeypatch.setattr(sqlite3, "connect", lambda *arguments, **more: connect(*arguments, **more, factory=Old))
     captures_arrive_and_the_corrupt_one_does_not(spool)
 
 
