@@ -267,3 +267,16 @@ def test_a_server_that_stores_a_batch_and_answers_too_late(
             assert duplicates == 0
         else:  # 160: three attempts, one sweep and the halves of the first batch; from then on nothing is late
             assert 0 < duplicates <= 240
+
+
+def test_a_timed_out_batch_is_resent_under_its_old_key_after_a_restart_with_a_smaller_batch_size(spool: Spool) -> None:
+    with ScriptedServer(lambda request: too_late(clock, TIMEOUT) if 100 in request.numbers else None) as server:
+        spool.drop("a.json", capture(260))
+        sender, clock = load(spool, server, BATCH_SIZE=100, MAX_RETRIES=1)
+        assert not sender.process_json_file(spool.pending / "a.json")
+        server.script = lambda request: None
+        load(spool, server, BATCH_SIZE=30)[0].retry_failed_uploads()
+    assert server.sizes == [100, 100, 100, 30, 30]
+    lost, again = server.requests[1:3]
+    assert (lost.key, lost.body) == (again.key, again.body)
+    assert server.stored == Counter(range(260))

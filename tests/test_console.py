@@ -743,3 +743,17 @@ def test_status_disturbs_no_running_sender_and_never_takes_it_for_stopped(spool:
     assert "not running" not in told
     assert str(sender.pid) in told
     assert count(console_lines(spool.console()), "^(WARNING|ERROR)") == 0
+
+
+@pytest.mark.parametrize("name", ["pending_upload", "failed_uploads", "processed"])
+def test_status_exits_1_and_names_a_folder_that_cannot_be_read(spool: Spool, tmp_path: Path, name: str) -> None:
+    spool.logs.mkdir()
+    (spool.logs / name).write_text("a file in the folder's place")
+    with IngestServer(tmp_path / "db") as server:
+        sender = spool.start(SERVER_URL=server.url)
+        wait_until(lambda: "Watching" in spool.console(), "the sender runs")
+        status = spool.run("--status", SERVER_URL=server.url)
+    assert status.returncode == 1, status.stdout
+    assert f"running (pid {sender.pid})" in status.stdout
+    assert f"Not well: {name} cannot be read (" in status.stdout
+    assert status.stdout.count(",") == 1, f"nothing else is amiss (the comma is that of the URL): {status.stdout}"

@@ -415,3 +415,46 @@ def test_read_json_file_gives_the_reason_of_a_file_that_is_no_array_of_objects(s
         path.write_text(content)
         with pytest.raises(ValueError, match=reason):
             module.read_json_file(path)
+
+
+def test_a_second_loop_in_one_module_is_refused_and_leaves_the_first_one_stoppable(spool: Spool) -> None:
+    module = spool.load(SERVER_URL="http://127.0.0.1:9/ingest")
+    first = threading.Thread(target=module.monitor_and_upload, daemon=True)
+    first.start()
+    wait_until(spool.processed.exists, "the first loop runs")
+    with pytest.raises(module.AlreadyRunning, match=str(os.getpid())):
+        module.monitor_and_upload()
+    module.stop_sender()
+    first.join(30)
+    assert not first.is_alive()
+
+
+def test_a_stop_right_after_the_start_is_heard(spool: Spool) -> None:
+    for _ in range(5):
+        sender = spool.load(SERVER_URL="http://127.0.0.1:9/ingest")
+        thread = threading.Thread(target=sender.monitor_and_upload, daemon=True)
+        thread.start()
+        wait_until(lambda: sender._serving, "it has begun")  # noqa: B023
+        sender.stop_sender()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert sender._stopping is False
+
+
+@pytest.mark.parametrize("setting", [{"SERVER_URL": "htp://127.0.0.1/ingest"}, {"API_TOKEN": "ä"}, {"MAX_RETRIES": 0}])
+def test_with_a_bad_setting_no_function_touches_a_file_or_sends_one(spool: Spool, setting: dict[str, object]) -> None:
+    with ScriptedServer() as server:
+        sender = spool.load(**{"SERVER_URL": server.url, **setting})
+        spool.drop("a.json", numbered(3))
+        before = spool.tree()
+        for call in (
+            lambda: sender.process_json_file(spool.pending / "a.json"),
+            sender.retry_failed_uploads,
+            lambda: sender.upload_packets(numbered(1)),
+            lambda: sender.upload_with_retry(numbered(1)),
+            sender.monitor_and_upload,
+        ):
+            with pytest.raises(ValueError, match=next(iter(setting))):
+                call()
+    assert spool.tree() == before
+    assert not server.requests

@@ -673,3 +673,12 @@ def test_with_logs_elsewhere_it_writes_nothing_beside_itself(spool: Spool, tmp_p
     assert run.returncode == 0, run.stderr
     assert everything_under(spool.folder) == before
     assert spool.names() == ["processed/a.json"]
+
+
+@pytest.mark.parametrize("name", ["pending_upload", "failed_uploads"])
+def test_once_exits_1_where_it_cannot_tell_what_is_left(spool: Spool, tmp_path: Path, name: str) -> None:
+    spool.logs.mkdir()
+    (spool.logs / name).write_text("a file in the folder's place")
+    with IngestServer(tmp_path / "db") as server:
+        run = spool.run("--once", SERVER_URL=server.url)
+    assert run.returncode == 1, run.stderr

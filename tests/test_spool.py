@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import Spool, packet, wait_until
+from conftest import Spool, numbered, packet, wait_until
 from ingest_server import IngestServer, split_packets
 
 X = "X.json"
@@ -1372,3 +1372,54 @@ def test_without_days_of_keeping_nothing_is_ever_deleted(spool: Spool, receiver:
     with serving(load(spool, receiver, RETRY_FAILED_INTERVAL=0.01)):
         poll(spool)
     assert spool.names() == ["processed/X.json"]
+
+
+def test_a_producer_that_is_just_writing_a_taken_files_name_again_gets_no_marker_from_us(
+    spool: Spool, tmp_path: Path
+) -> None:
+    spool.drop("a.json", numbered(3))
+    (spool.pending / "a.json").rename(spool.pending / "a.json.taken")
+    (spool.pending / "a.json.ready").unlink()
+    (spool.pending / "a.json").write_bytes(b'[{"half": "wri')
+    with IngestServer(tmp_path / "db") as server:
+        sender = spool.load(SERVER_URL=server.url)
+        sender.monitor_and_upload(once=True)
+        assert spool.names() == ["pending_upload/a.json", "processed/a.json"]
+        spool.drop("a.json", numbered(5))
+        sender.monitor_and_upload(once=True)
+        assert spool.names() == ["processed/a.1.json", "processed/a.json"]
+        assert len(server.packets()) == 8
+
+
+def test_one_old_file_that_cannot_be_deleted_keeps_no_other(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]]
+) -> None:
+    unlink = os.unlink
+
+    def refuse(path: Any, *arguments: Any) -> None:
+        if Path(path).name == "b.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, *arguments)
+
+    for name in ("a.json", "b.json", "c.json"):
+        spool.processed.mkdir(parents=True, exist_ok=True)
+        (spool.processed / name).write_text("[]")
+        os.utime(spool.processed / name, (1, 1))
+    sender = spool.load(SERVER_URL="http://127.0.0.1:9/ingest", KEEP_PROCESSED_DAYS=1)
+    monkeypatch.setattr(sender.os, "unlink", refuse)
+    for _ in range(2):
+        sender._prune_processed()
+    assert spool.names() == ["processed/b.json"]
+    assert len(said(logging.WARNING)) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_nothing_is_written_through_a_link_at_the_temporary_name(spool: Spool, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    spool.drop("a.json", numbered(4))
+    (spool.pending / ".sender.tmp").symlink_to(precious)
+    with IngestServer(tmp_path / "db") as server:
+        assert spool.load(SERVER_URL=server.url, BATCH_SIZE=2).process_json_file(spool.pending / "a.json")
+    assert precious.read_text() == "mine"
+    assert spool.names() == ["processed/a.json"]

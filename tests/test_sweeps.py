@@ -444,3 +444,14 @@ def test_what_editors_and_the_program_itself_leave_is_no_data(spool: Spool, name
         sender.retry_failed_uploads()
     assert not server.requests
     assert (spool.failed / name).read_bytes() == content
+
+
+def test_without_pending_upload_failed_files_are_still_delivered(spool: Spool) -> None:
+    spool.logs.mkdir()
+    (spool.logs / "pending_upload").write_text("a file in the folder's place")
+    with ScriptedServer() as server:
+        put(spool, "a.json", capture(3))
+        put(spool, "b.json", [packet(10)])
+        load(spool, server)[0].monitor_and_upload(once=True)
+    assert spool.names() == ["pending_upload", "processed/a.json", "processed/b.json"]
+    assert server.stored == Counter([0, 1, 2, 10])

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import Spool, packet, wait_until
+from conftest import Spool, console_lines, numbered, packet, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest_httpserver import HTTPServer
@@ -1405,3 +1405,39 @@ def test_hundred_files_from_a_process_of_its_own_leave_a_clean_console(spool: Sp
     assert app.stored() == Counter(range(200))
     with contextlib.suppress(FileNotFoundError):
         assert not list(spool.failed.iterdir())
+
+
+ODD_NETRCS = {"not UTF-8": b"machine elsewhere login \xfc password x"}
+
+
+@pytest.mark.parametrize("netrc", ODD_NETRCS.values(), ids=ODD_NETRCS)
+def test_a_netrc_with_an_odd_byte_is_told_and_ends_nothing(spool: Spool, netrc: bytes) -> None:
+    (spool.folder / "netrc").write_bytes(netrc)
+    spool.drop("a.json", numbered(3))
+    with ScriptedServer() as server:
+        settings = {"SERVER_URL": server.url, "NETRC": spool.folder / "netrc", "PYTHONUTF8": 1}
+        first = spool.run("--once", **settings)
+        (spool.folder / "netrc").write_text("machine 127.0.0.1 login u password p")
+        second = spool.run("--once", **settings)
+    assert (first.returncode, second.returncode) == (1, 0)
+    assert any(".netrc" in line and "moved to failed_uploads" in line for line in console_lines(first.stderr))
+    assert server.stored == Counter([0, 1, 2])
+
+
+def test_a_proxy_that_needs_another_package_is_told_as_that(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]]
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:9")
+    sender = spool.load(SERVER_URL="http://127.0.0.2:9/ingest")
+    answer = sender.upload_with_retry(numbered(1))
+    assert answer.outcome is sender.Outcome.MISCONFIGURED
+    assert "SOCKS" in answer.reason
+
+
+def test_a_bad_url_is_shown_without_what_may_be_secret(spool: Spool) -> None:
+    for url in ("http://u:SEC\nRET@h:99999/", "ftp://u:SECRET\n@h/", "ftp://h/#SECRET", "ftp://h/;k=SECRET"):
+        sender = spool.load(SERVER_URL=url)
+        with pytest.raises(ValueError, match=r"SERVER_URL=\S+ is not allowed") as raised:
+            sender.check_settings()
+        assert "SEC" not in str(raised.value)
+        assert "RET" not in str(raised.value)
