@@ -142,7 +142,7 @@ def test_the_state_table_in_the_docstring_names_every_suffix() -> None:
     values = [value for node in TREE.body if isinstance(node, ast.Assign) for value in ast.walk(node.value)]
     strings = {value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)}
     suffixes = {string for string in strings if re.fullmatch(r"(\.[a-z]+)+", string) and "sender" not in string}
-    assert {".ready", ".taken", ".state", ".rejected.json"} <= suffixes
+    assert {".ready", ".taken", ".state"} <= suffixes
     assert [suffix for suffix in sorted(suffixes) if suffix not in docstring] == []
 
 
