@@ -1355,8 +1355,8 @@ def _upload_ready() -> bool:
         _server.hinted = len(stuck)
         if len(stuck) > told:
             others = f" (and {_count(len(stuck) - 1, 'other file')})" if len(stuck) > 1 else ""
-            what = "is not uploaded: it needs a name in .json, and the marker, that name with .ready behind it"
-            logger.warning("%s%s in pending_upload/ %s", _printable(stuck[-1]), others, what)
+            why = "it needs a name in .json, and the marker, that name with .ready behind it"
+            logger.warning("%s%s in pending_upload/ is not uploaded: %s", _printable(stuck[-1]), others, why)
     for path in (os.path.join(PENDING_DIR, name) for name in _ready(names)):
         if _stopping:
             break
