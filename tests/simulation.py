@@ -1097,7 +1097,7 @@ class Life:
 
     @property
     def patience(self) -> float:
-        """Seconds until rest: refused packets are tried once an hour; a run of bad ones takes a sweep for each three."""
+        """Seconds until rest: refused packets are tried hourly; a run of bad ones takes a sweep for each three."""
         return 3600.0 + 12 * self.interval + 60 * self.timeout
 
     @property
@@ -1239,7 +1239,7 @@ def play(seed: int, code: types.CodeType) -> tuple[Life, str]:
 
 
 def tell_story(life: Life, wrong: str) -> list[str]:
-    """What happened, in at most a screen: where it is too much, what is about other files goes first, then the middle."""
+    """What happened, in at most a screen: what is about other files is left out first, then the middle."""
     lines: list[str] = []
     named = [capture for capture in life.captures if wrong.startswith(str(capture))]
     story = life.story
