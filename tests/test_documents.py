@@ -6,6 +6,8 @@ import ast
 import http.client
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -209,3 +211,29 @@ def test_the_readme_names_what_a_newcomer_needs() -> None:
     for name in ("sender.py", "requirements.txt", ".env.example", "tests/requirements.txt", "tests/demo.py"):
         assert name in readme()
         assert (PROJECT / name).exists()
+
+
+@pytest.mark.parametrize(
+    "block", re.findall(r"(?s)```python\n(.*?)```", readme()), ids=lambda block: block.split("\n")[0]
+)
+def test_each_python_block_of_the_readme_compiles(block: str) -> None:
+    compile(block, "README.md", "exec")
+
+
+def test_the_readme_has_a_python_block_for_the_producer_that_hands_a_whole_file_over(tmp_path: Path) -> None:
+    """Run as printed, twice within a second: both captures are there, each with its marker."""
+    block = next(block for block in re.findall(r"(?s)```python\n(.*?)```", readme()) if "hand_over" in block)
+    call = "hand_over([{'a': 1}]); hand_over([{'a': 2}])"
+    subprocess.run([sys.executable, "-c", f"{block}\n{call}"], cwd=tmp_path, check=True)
+    names = sorted(path.name for path in (tmp_path / "logs/pending_upload").iterdir())
+    assert len(names) == 4
+    assert [name + ".ready" for name in names[::2]] == names[1::2]
+
+
+def test_the_inline_metadata_names_what_requirements_txt_names() -> None:
+    """PEP 723: uv run sender.py and pipx run sender.py need no environment made by hand."""
+    (block,) = re.findall(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", SENDER.read_text(encoding="utf-8"))
+    named = set(re.findall(r'"([a-z][^"]+)"', block.split("dependencies")[1]))
+    lines = (PROJECT / "requirements.txt").read_text().split()
+    assert named == set(lines)
+    assert 'requires-python = ">=3.9"' in block
