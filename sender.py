@@ -1090,9 +1090,8 @@ class Round:
                 return answer
             else:
                 self.row, record.last_error = self.row + 1, answer.reason
-                if self.row == record.in_a_row:
-                    self._be_patient()
-                    break
+                if self.row >= IN_A_ROW and _server.accepted == _server.marks[0]:
+                    break  # it is the server: it has accepted nothing for longer than a sweep
         return Answer(Outcome.REFUSED, record.last_error) if record.refused else Answer(Outcome.DELIVERED)
 
     def _next_batch(self) -> Batch:
@@ -1377,7 +1376,7 @@ def _remove_orphans(folder: Path, names: set[str]) -> None:
 def _due() -> list[str]:
     """The failed files to try, least recently tried first. Raises OSError.
 
-    Not one that is no capture and has not changed since, and only at times one with nothing but refused packets left.
+    Not one that is no capture and has not changed since; at times, and last, those with only refused packets left.
     """
     due, now, names = [], time.monotonic(), _names(FAILED_DIR)
     with_refused = now >= _server.next_refused
@@ -1389,13 +1388,14 @@ def _due() -> list[str]:
             continue
         try:
             record = _load(path, path + TAKEN if name + TAKEN in names else path)
-            if not record.unreadable and (with_refused or not (record.sent and record.refused)):
-                due.append((record.time, name))
+            only_refused = record.sent and bool(record.refused)
+            if not record.unreadable and (with_refused or not only_refused):
+                due.append((only_refused, record.time, name))
         except FileNotFoundError:
             pass  # gone since the scan
         except OSError as error:
             _rest(path, error)
-    return [name for _, name in sorted(due)]
+    return [name for *_, name in sorted(due)]
 
 
 def retry_failed_uploads() -> None:
@@ -1427,7 +1427,7 @@ def retry_failed_uploads() -> None:
         except OSError as error:
             _rest(path, error)
             continue
-        failed += not answer and answer.outcome is not Outcome.UNREADABLE
+        failed += not answer and answer.outcome not in (Outcome.UNREADABLE, Outcome.REFUSED)
         if answer.outcome in _ENDS_SWEEP or (failed >= 3 and _server.accepted == _server.marks[1]):
             if answer.retry_after:
                 _server.next_sweep = time.monotonic() + answer.retry_after
@@ -1497,7 +1497,7 @@ def _check_folders() -> None:
     Raises OSError where they are on two filesystems.
     """
     last = ""
-    for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR):
+    for folder in (PROCESSED_DIR, FAILED_DIR, PENDING_DIR):
         probe = os.path.join(folder, TEMPORARY)
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1021,6 +1021,8 @@ class Life:
         if any(secret in line for secret in (WORD, TOKEN, PASSWORD)):
             raise Wrong(f"a secret in the log: {line}")
         self.watching |= line.startswith("Watching ")
+        if line.endswith(" can wait: it is the server's trouble"):
+            self.check_sweep(early=True)
         if line.startswith("Retrying ") and line.endswith(" failed uploads..."):
             self.check_sweep()
             self.sweeps += 1
@@ -1034,19 +1036,20 @@ class Life:
 
     # -------- nobody is left behind
 
-    def check_sweep(self) -> None:
+    def check_sweep(self, early: bool = False) -> None:
         """The sweep before this one has tried all that was due, or has ended early for a listed reason (SPEC 6)."""
         due, answers, self.due, self.answers = self.due, self.answers, [], []
         failed = {capture for capture, what in answers if what != "delivered"}
         whole = {what for _, what in answers}
         if whole & {"away", "busy", "misconfigured"} or self.disk.refusals:
             return
-        if len(failed) >= 3 and "delivered" not in whole:
+        if early and len(failed) >= 3 and "delivered" not in whole:
             return
         for capture in due:
             tried = any(other is capture for other, _ in answers) or capture.disturbed == self.starts
             if not tried and FAILED in self.ledger.path(capture):
-                raise Wrong(f"{capture} was not tried in this sweep, although the server is well: {answers[-9:]}")
+                words = [what for _, what in answers[-9:]]
+                raise Wrong(f"{capture} was not tried in this sweep, although the server is well: {words}")
 
     def check_turns(self) -> None:
         """No ready file waits while the others have their turns (SPEC 3, 6)."""
