@@ -224,6 +224,7 @@ class Server:
     marks: tuple[int, int] = (0, 0)  # that number when the last two sweeps began
     down_since: Optional[float] = None  # the first trouble after a success
     sweep_when_back: bool = False  # files have failed since the last sweep
+    early_sweeps: bool = True  # after one in vain, not before one comes in its time: a bad file must not cost more
     next_sweep: float = 0  # 0: at once
     next_refused: float = 0  # when packets that were refused may be tried again
     next_hint: float = 0
@@ -246,8 +247,8 @@ class Server:
     def accept(self) -> None:
         """Note a success: after trouble, tell how long it lasted, and have the failed files swept at once."""
         self.accepted += 1
-        if self.sweep_when_back or self.down_since is not None:
-            self.sweep_when_back, self.next_sweep = False, 0
+        if self.early_sweeps and (self.sweep_when_back or self.down_since is not None):
+            self.early_sweeps, self.sweep_when_back, self.next_sweep = False, False, 0
         if self.down_since is not None:
             away, self.down_since, self.next_refused = int(time.monotonic() - self.down_since), None, 0
             logger.info("The server is back after %s; %s waiting", timedelta(seconds=away), _count(_waiting(), "file"))
@@ -291,6 +292,10 @@ def _rest(path: str, error: Exception, then: str = "it is left alone for now and
         logger.log(logging.ERROR if needs_person else logging.WARNING, "%s", text)
     pause = min(2 * pause, RETRY_FAILED_INTERVAL)
     _resting[path] = (time.monotonic() + pause, pause, text)
+
+
+def _rests(path: str) -> bool:
+    return path in _resting and time.monotonic() < _resting[path][0]
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -1049,7 +1054,7 @@ class Round:
     told: bool = False  # of the size
 
     def __post_init__(self) -> None:
-        self.label, self.on_disk = f"{_name(self.path)}: ", self._span()
+        self.label, self.on_disk, self.start = f"{_name(self.path)}: ", self._span(), self.record.uploaded
 
     def _span(self) -> tuple[int, int]:
         start = self.record.uploaded
@@ -1098,9 +1103,9 @@ class Round:
         """Cut the next batch; the record on disk tells which it is before it goes out. So a crash repeats that one
         batch and no other, byte for byte and under its old key, whether or not the server got it."""
         record = self.record
-        record.batch_size = self.size
+        record.batch_size = self.size if record.uploaded == self.start else min(self.size, BATCH_SIZE)
         if self.ends:
-            record.batch_size = self.ends[-1] - record.uploaded if self.works else 1
+            record.batch_size = min(self.ends[-1] - record.uploaded, BATCH_SIZE) if self.works else 1
         start, end = self._span()
         if self.on_disk != (start, end):
             record.save(self.path)
@@ -1141,7 +1146,7 @@ class Round:
         del record.refused[-self.row :]
         self._be_patient()
         self.in_vain, self.row, self.ends = True, 0, []
-        return answer.outcome is Outcome.REJECTED
+        return answer.outcome is Outcome.REJECTED or self.attempts == 1
 
     def _be_patient(self) -> None:
         """Where the server has accepted other things meanwhile, more may be refused in a row the next time: so no run
@@ -1343,6 +1348,9 @@ def _stuck(names: set[str]) -> list[str]:
 def _upload_ready() -> bool:
     """Process what is ready and does not rest. True if something has been delivered."""
     accepted = _server.accepted
+    for path, record in [*_unsaved.items()]:
+        if not _rests(path + STATE):  # the disk may have room again
+            record.save(path)
     try:
         names = _names(PENDING_DIR)
     except OSError as error:
@@ -1359,13 +1367,15 @@ def _upload_ready() -> bool:
     for path in (os.path.join(PENDING_DIR, name) for name in _ready(names)):
         if _stopping:
             break
-        if _resting.get(path, (0,))[0] <= time.monotonic():
+        if not _rests(path):
             process_json_file(path)
     return _server.accepted > accepted
 
 
 def _remove_orphans(folder: Path, names: set[str]) -> None:
-    """Remove the records that a crash left when their file had moved on."""
+    """Remove the records that a crash left when their file had moved on, and what it left half-written."""
+    if TEMPORARY in names:
+        _remove(os.path.join(folder, TEMPORARY))
     for base in [name[: -len(STATE)] for name in names if name.endswith(STATE)]:
         if base not in names and base + TAKEN not in names:
             with contextlib.suppress(OSError, *_DAMAGED):  # not one of ours
@@ -1384,7 +1394,7 @@ def _due() -> list[str]:
     _remove_orphans(FAILED_DIR, names)
     for name in _failed_names(names):
         path = os.path.join(FAILED_DIR, name)
-        if _stopping or _resting.get(path, (0,))[0] > now:
+        if _stopping or _rests(path):
             continue
         try:
             record = _load(path, path + TAKEN if name + TAKEN in names else path)
@@ -1402,11 +1412,10 @@ def retry_failed_uploads() -> None:
     """One sweep over failed_uploads/: one attempt a file, new files first. Ends early when it is the server's trouble:
     at once when it is away, busy or misconfigured, else after three files while it has accepted nothing at all."""
     check_settings()
+    _server.early_sweeps |= _server.next_sweep > 0  # this one comes in its time
     _server.marks, _server.sweep_when_back = (_server.marks[1], _server.accepted), False
     _server.next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
     due: list[str] = []
-    for path, record in [*_unsaved.items()]:  # the disk may have room again
-        record.save(path)
     with contextlib.suppress(OSError):  # told by _upload_ready()
         _remove_orphans(PENDING_DIR, _names(PENDING_DIR))
     try:
@@ -1427,6 +1436,7 @@ def retry_failed_uploads() -> None:
         except OSError as error:
             _rest(path, error)
             continue
+        _server.early_sweeps |= bool(answer) or answer.outcome in _ENDS_SWEEP
         failed += not answer and answer.outcome not in (Outcome.UNREADABLE, Outcome.REFUSED)
         if answer.outcome in _ENDS_SWEEP or (failed >= 3 and _server.accepted == _server.marks[1]):
             if answer.retry_after:

@@ -690,7 +690,7 @@ class Producer:
     def grow(self, capture: Capture) -> None:
         """Its producer goes on writing, unless the file has reached processed/: then nobody can know any more."""
         path = self.life.ledger.path(capture)
-        if path and capture.grown and f"{os.sep}{PROCESSED}{os.sep}" not in path:
+        if path and capture.grown and f"{os.sep}{PROCESSED}{os.sep}" not in path and not self.life.healed_at:
             self.life.tell(f"{capture} grows to {capture.grown[0]} packets", capture)
             self.life.rewrite(capture, path)
 
@@ -974,6 +974,8 @@ class Life:
         del took
         self.ledger.note_answer(capture, batch, reply)
         self.answers.append((capture, outcome(reply)))
+        if self.healed_at and self.now > self.healed_at + 3 * self.patience:
+            raise Wrong(f"no pause between two requests {self.now - self.healed_at:.0f} s after all has healed")
         if reply in (*AWAY, "reset", "timeout"):
             try:
                 raise error_for(str(reply)).args[0]
@@ -1209,7 +1211,7 @@ class Life:
                 raise Wrong(f"in {folder}, too many or too few: {sorted(map(self.disk.short, extra))}")
             for path, capture in meant.items():
                 stem, suffix = os.path.splitext(capture.name)
-                if not re.fullmatch(re.escape(stem) + r"(\.\d+)?" + re.escape(suffix), Path(path).name):
+                if not re.fullmatch(re.escape(stem) + r"(\.\d+)*" + re.escape(suffix), Path(path).name):
                     raise Wrong(f"{capture} has become {self.disk.short(path)}")
                 if Path(path).read_bytes() != capture.text:
                     raise Wrong(f"{self.disk.short(path)} is not what its producer wrote")

@@ -359,7 +359,24 @@ def test_failed_files_are_swept_at_once_when_the_server_is_back(spool: Spool, sa
     assert ["Retrying" in line and "failed upload" in line for line in said()].count(True) == 1
 
 
-@pytest.mark.parametrize("answer", [reply(503), reply(429), reset, close], ids=["503", "429", "reset", "closed"])
+@pytest.mark.parametrize("what", ["time-out", "reset", "500"])
+def test_a_bad_file_does_not_cost_a_sweep_beside_each_new_file(spool: Spool, what: str) -> None:
+    """It would cost the time-out of a request each time, and the sensor would not keep pace."""
+    with ScriptedServer() as server:
+        sender, clock = load(spool, server, MAX_RETRIES=1, POLL_INTERVAL=0.25, RETRY_FAILED_INTERVAL=100_000)
+        bad = too_late(clock, TIMEOUT) if what == "time-out" else reset if what == "reset" else reply(500)
+        server.script = lambda request: bad if request.numbers[0] < 100 else None
+        spool.drop("a.json", capture(1))
+        new = [
+            lambda number=number: spool.drop(f"n{number}.json", capture(2, start=100 * number))  # type: ignore[misc]
+            for number in range(1, 20)
+        ]
+        play(sender, clock, *new)
+    assert sum(number < 100 for number in first_numbers(server)) <= 8
+    assert len([number for number in server.stored if number >= 100]) >= 36
+
+
+@pytest.mark.parametrize("answer", [reply(503), reply(429)], ids=["503", "429"])
 def test_failed_files_are_swept_at_once_each_time_the_server_is_back(spool: Spool, answer: Answer) -> None:
     """It comes back, goes away again while the failed files are swept, and comes back for good."""
     with ScriptedServer(lambda request: answer) as server:
