@@ -1138,24 +1138,20 @@ class Round:
         if not self.ends:  # a batch of this packet alone
             self.ends, self.refused = [record.uploaded + 1], len(record.refused)
         record.refused.append(record.uploaded)
-        record.uploaded, record.unanswered, record.last_error = record.uploaded + 1, 0, answer.reason
+        record.uploaded, record.last_error = record.uploaded + 1, answer.reason
         self.row += 1
         if self.row < record.in_a_row and len(record.refused) < record.packets:
             return False
         record.uploaded -= self.row
         del record.refused[-self.row :]
-        self._be_patient()
+        if _server.accepted > _server.marks[0]:  # but other things meanwhile: no run of bad packets blocks its file
+            record.in_a_row += IN_A_ROW
         self.in_vain, self.row, self.ends = True, 0, []
         return answer.outcome is Outcome.REJECTED or self.attempts == 1
 
-    def _be_patient(self) -> None:
-        """Where the server has accepted other things meanwhile, more may be refused in a row the next time: so no run
-        of bad packets blocks its file for ever."""
-        if _server.accepted > _server.marks[0]:
-            self.record.in_a_row += IN_A_ROW
-
     def _conclude(self) -> None:
         """Say what the search has found."""
+        self.record.unanswered = 0
         if refused := self.record.refused[self.refused :]:
             what = f"the server refuses {_packets(refused)} alone, the others are delivered: {self.record.last_error}"
             logger.error("%s%s", self.label, what)

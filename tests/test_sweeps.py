@@ -368,7 +368,7 @@ def test_a_bad_file_does_not_cost_a_sweep_beside_each_new_file(spool: Spool, wha
         server.script = lambda request: bad if request.numbers[0] < 100 else None
         spool.drop("a.json", capture(1))
         new = [
-            lambda number=number: spool.drop(f"n{number}.json", capture(2, start=100 * number))  # type: ignore[misc]
+            lambda number=number: spool.drop(f"n{number}.json", capture(2, start=100 * number))
             for number in range(1, 20)
         ]
         play(sender, clock, *new)
