@@ -1142,7 +1142,7 @@ class Round:
         self.row += 1
         if self.row < record.in_a_row and len(record.refused) < record.packets:
             return False
-        record.uploaded -= self.row
+        record.uploaded, record.batch_size = record.uploaded - self.row, self.size
         del record.refused[-self.row :]
         if _server.accepted > _server.marks[0]:  # but other things meanwhile: no run of bad packets blocks its file
             record.in_a_row += IN_A_ROW
