@@ -429,14 +429,17 @@ def _exists(path: str) -> bool:
 def _free_path(folder: Path, name: str) -> str:
     """Where `name` can go in `folder` without overwriting: X.json, X.1.json, …, found by doubling, then by halves."""
     stem, suffix = os.path.splitext(os.path.join(folder, name))
-    path, taken, free = stem + suffix, -1, 0  # numbers
-    while _exists(path):
+
+    def numbered(number: int) -> str:
+        return f"{stem}.{number}{suffix}" if number else stem + suffix
+
+    taken, free = -1, 0  # numbers
+    while _exists(numbered(free)) or _exists(numbered(free) + TAKEN):  # the latter, with its record, moved by hand
         taken, free = free, 2 * free + 1
-        path = f"{stem}.{free}{suffix}"
     while free - taken > 1:
         middle = (taken + free) // 2
-        taken, free = (middle, free) if _exists(f"{stem}.{middle}{suffix}") else (taken, middle)
-    return f"{stem}.{free}{suffix}" if free else path
+        taken, free = (middle, free) if _exists(numbered(middle)) else (taken, middle)
+    return numbered(free)
 
 
 def _move(source: str, target: str) -> None:
@@ -1103,9 +1106,7 @@ class Round:
         """Cut the next batch; the record on disk tells which it is before it goes out. So a crash repeats that one
         batch and no other, byte for byte and under its old key, whether or not the server got it."""
         record = self.record
-        record.batch_size = self.size if record.uploaded == self.start else min(self.size, BATCH_SIZE)
-        if self.ends:
-            record.batch_size = min(self.ends[-1] - record.uploaded, BATCH_SIZE) if self.works else 1
+        self._size_next()
         start, end = self._span()
         if self.on_disk != (start, end):
             record.save(self.path)
@@ -1116,6 +1117,12 @@ class Round:
         suspected = () if self.in_vain else _PERHAPS if self.ends or record.unanswered >= MAX_RETRIES else _PERHAPS[:2]
         body = self.capture.cut(start, end)
         return Batch(body, end - start, self.attempts, self.label, progress, suspected, bool(self.ends))
+
+    def _size_next(self) -> None:
+        """The first batch of a round keeps its size, whatever BATCH_SIZE is: it may be on the wire, unanswered."""
+        start, first = self.record.uploaded, self.record.uploaded == self.start
+        piece = self.ends[-1] - start if self.ends else self.size
+        self.record.batch_size = 1 if self.ends and not self.works else piece if first else min(piece, BATCH_SIZE)
 
     def _accepted(self, packets: int) -> None:
         self.works, self.row, self.passed = True, 0, max(self.passed, packets)
@@ -1142,11 +1149,12 @@ class Round:
         self.row += 1
         if self.row < record.in_a_row and len(record.refused) < record.packets:
             return False
-        record.uploaded, record.batch_size = record.uploaded - self.row, self.size
+        record.uploaded -= self.row
         del record.refused[-self.row :]
         if _server.accepted > _server.marks[0]:  # but other things meanwhile: no run of bad packets blocks its file
             record.in_a_row += IN_A_ROW
         self.in_vain, self.row, self.ends = True, 0, []
+        self._size_next()
         return answer.outcome is Outcome.REJECTED or self.attempts == 1
 
     def _conclude(self) -> None:
