@@ -23,8 +23,8 @@ import io
 import itertools
 import json
 import logging
-import multiprocessing
 import math
+import multiprocessing
 import os
 import random
 import re
