@@ -61,7 +61,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TypeVar, Union, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import requests
@@ -408,11 +408,7 @@ def _open_regular(path: str) -> BinaryIO:
 
 def _create(path: str) -> int:
     """A new file of the owner's alone: never through a link, never over another one."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS
-    with contextlib.suppress(FileNotFoundError):
-        return os.open(path, flags, 0o600)
-    os.makedirs(os.path.dirname(path), exist_ok=True)  # the folder has vanished
-    return os.open(path, flags, 0o600)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
 
 
 def _exists(path: str) -> bool:
@@ -428,6 +424,7 @@ def _exists(path: str) -> bool:
 
 def _free_path(folder: Path, name: str) -> str:
     """Where `name` can go in `folder` without overwriting: X.json, X.1.json, …, found by doubling, then by halves."""
+    os.makedirs(folder, exist_ok=True)  # it may have vanished
     stem, suffix = os.path.splitext(os.path.join(folder, name))
 
     def numbered(number: int) -> str:
@@ -444,11 +441,7 @@ def _free_path(folder: Path, name: str) -> str:
 
 def _move(source: str, target: str) -> None:
     """Rename, durably: once this has returned, no power cut brings the old name back."""
-    try:
-        os.rename(source, target)
-    except FileNotFoundError:  # the folder has vanished
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.rename(source, target)
+    os.rename(source, target)
     _sync_folder(os.path.dirname(target))
 
 
@@ -486,9 +479,9 @@ class Record:
     @classmethod
     def read(cls, path: str) -> "Record":
         """A record from disk. Raises OSError, and one of _DAMAGED for what save() cannot have written."""
-        if os.lstat(path).st_uid != _UID:
-            raise ValueError("it belongs to another user")
         with _open_regular(path) as file:
+            if os.fstat(file.fileno()).st_uid != _UID:
+                raise ValueError("it belongs to another user")
             record, blank = cls(**json.loads(file.read(LONGEST_RECORD))), cls(0, 0)
         if any(type(value) is not type(getattr(blank, name)) for name, value in vars(record).items()):
             raise TypeError("wrong types")
@@ -753,38 +746,27 @@ class Batch(NamedTuple):
 Packets = Union[list[dict[str, Any]], Batch]
 
 
-class _Timed(io.RawIOBase):
-    """The read side of a socket whose time-out holds for a whole reply; a socket's own starts anew with every byte."""
-
-    def __init__(self, sock: socket.socket, raw: Any) -> None:
-        self._sock, self._raw, self._end = sock, raw, time.monotonic() + (sock.gettimeout() or REQUEST_TIMEOUT)
-        self.ended = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> Optional[int]:
-        if (left := self._end - time.monotonic()) <= 0:
-            raise socket.timeout("timed out")
-        self._sock.settimeout(left)
-        received: Optional[int] = self._raw.readinto(buffer)
-        self.ended = received == 0
-        return received
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
 class _Reply(http.client.HTTPResponse):
+    """A reply whose time-out holds for all of it; a socket's own starts anew with every byte."""
+
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self._timed = _Timed(sock, self.fp.detach())
-        self.fp = io.BufferedReader(self._timed)
+        end, raw = time.monotonic() + (sock.gettimeout() or REQUEST_TIMEOUT), cast(Any, self.fp).raw
+        self._read_more, self._ended = raw.readinto, False
+
+        def readinto(buffer: memoryview) -> Any:
+            if (left := end - time.monotonic()) <= 0:
+                raise socket.timeout("timed out")
+            sock.settimeout(left)
+            received = self._read_more(buffer)
+            self._ended = received == 0
+            return received
+
+        raw.readinto = readinto
 
     def begin(self) -> None:
         super().begin()
-        if self._timed.ended:  # http.client takes headers that were cut off for whole ones
+        if self._ended:  # http.client takes headers that were cut off for whole ones
             raise http.client.HTTPException("the reply ends within its headers")
 
 
@@ -862,16 +844,20 @@ def _send(request: requests.PreparedRequest, timeout: float) -> requests.Respons
     idle, _server.used_at = time.monotonic() - (_server.used_at or time.monotonic()), 0
     if idle > IDLE_LIMIT:
         adapter.close()
-    for patience in (0.5 < idle <= IDLE_LIMIT, False):
+
+    def send() -> requests.Response:
         _server.started, _server.sent, _server.cut_short = time.monotonic(), False, False
+        return adapter.send(request, timeout=timeout, **options)
+
+    if 0.5 < idle <= IDLE_LIMIT:
         try:
-            return adapter.send(request, timeout=timeout, **options)
+            return send()
         except requests.ConnectionError as error:
             # A server may close an idle connection at the very moment that it is used again. That is no failure, and
             # the key makes it safe to send once more at once (RFC 9110, section 9.2.2); that is judged by itself.
-            if not patience or not isinstance(_cause(error), (ConnectionError, ssl.SSLEOFError)):
+            if not isinstance(_cause(error), (ConnectionError, ssl.SSLEOFError)):
                 raise
-    raise AssertionError
+    return send()
 
 
 def _post(batch: Batch) -> tuple[int, Any, str]:
@@ -922,15 +908,13 @@ def _advice(status: int, headers: Any) -> str:
         return f"check SERVER_URL, the server points to {_one_line(headers.get('Location', 'nowhere'))}"
     page = "a web page instead of a receipt, check SERVER_URL, or whether the network wants a login"
     token, path = "check API_TOKEN", "check SERVER_URL"
-    return {200: page, 401: token, 403: token, 404: path, 405: path, 407: f"check the proxy {_proxies()}"}.get(
-        status, ""
-    )
+    known = {200: page, 401: token, 403: token, 404: path, 405: path, 407: f"check the proxy {_proxies()}"}
+    return known.get(status, "")
 
 
 def _proxies() -> str:
-    return _one_line(
-        " or ".join({p.rpartition("@")[2] for p in _session(SERVER_URL, API_TOKEN)[2]["proxies"].values()})
-    )
+    proxies = _session(SERVER_URL, API_TOKEN)[2]["proxies"].values()
+    return _one_line(" or ".join({proxy.rpartition("@")[2] for proxy in proxies}))
 
 
 def _ask(batch: Batch) -> Answer:
@@ -1607,44 +1591,36 @@ def _failures(names: set[str]) -> list[dict[str, Any]]:
 
 def _facts() -> dict[str, Any]:
     """How things stand; what --status --json prints. Ages are seconds, packets' numbers are counted from 0."""
-    pid, trouble, problems = "", _server_trouble(), []
+    pid, trouble, names, problems = "", _server_trouble(), {}, {}
     with contextlib.suppress(OSError), _open_regular(str(LOCK)) as file:
         pid = _lock(file.fileno(), shared=True)  # closed at once, and a sender that starts just now is patient
-    folders, names = (PENDING_DIR, FAILED_DIR, PROCESSED_DIR), []
-    for folder in folders:
+    for folder in (PENDING_DIR, FAILED_DIR, PROCESSED_DIR):
         try:
-            names.append(set(os.listdir(folder)) if _exists(str(folder)) else set())
+            names[folder] = set(os.listdir(folder)) if _exists(str(folder)) else set()
         except OSError as error:
-            names.append(set())
-            problems.append(f"{folder.name} cannot be read ({error.strerror})")
-    ready = [os.path.join(PENDING_DIR, n + TAKEN if n + TAKEN in names[0] else n) for n in _ready(names[0])]
-    failures, stuck = _failures(names[1]), _stuck(names[0])
-    refused = [failure for failure in failures if failure["refused"]]
-    closed = [path for path in ready if not os.access(path, os.R_OK)]
-    oldest = _summary(ready)["oldest"] or 0
-    problems += [
-        problem
-        for there, problem in (
-            (not pid, "no sender is running"),
-            (trouble, "the server is not reachable"),
-            (failures, _count(len(failures), "failed upload")),
-            (oldest > 600, f"a ready file has waited for {timedelta(seconds=oldest)}"),
-            (closed, f"{_count(len(closed), 'ready file')} may not be read"),
-            (stuck, f"{_count(len(stuck), 'file')} without a marker, or without .json, for over a minute"),
-        )
-        if there
-    ]
-    captures = [[name for name in found if not NO_DATA.fullmatch(name) or name.endswith(TAKEN)] for found in names]
+            names[folder] = set()
+            problems[f"{folder.name} cannot be read ({error.strerror})"] = True
+    waiting, failures, stuck = names[PENDING_DIR], _failures(names[FAILED_DIR]), _stuck(names[PENDING_DIR])
+    ready = [os.path.join(PENDING_DIR, n + TAKEN if n + TAKEN in waiting else n) for n in _ready(waiting)]
+    refused = [len(failure["refused"]) for failure in failures if failure["refused"]]
+    closed, oldest = sum(not os.access(path, os.R_OK) for path in ready), _summary(ready)["oldest"] or 0
+    problems["no sender is running"] = not pid
+    problems["the server is not reachable"] = bool(trouble)
+    problems[_count(len(failures), "failed upload")] = bool(failures)
+    problems[f"a ready file has waited for {timedelta(seconds=oldest)}"] = oldest > 600
+    problems[f"{_count(closed, 'ready file')} may not be read"] = closed > 0
+    problems[f"{_count(len(stuck), 'file')} without a marker, or without .json, for over a minute"] = bool(stuck)
+    data = {f: [n for n in found if not NO_DATA.fullmatch(n) or n.endswith(TAKEN)] for f, found in names.items()}
     return {
         "version": __version__,
-        "well": not problems,
-        "problems": problems,
+        "well": not any(problems.values()),
+        "problems": [problem for problem, there in problems.items() if there],
         "running": bool(pid),
         "pid": pid,
         "server": _public_url(),
         "server_trouble": trouble,
-        **{f.name: _summary(os.path.join(f, n) for n in found) for f, found in zip(folders, captures)},
-        "refused_packets": sum(len(failure["refused"]) for failure in refused),
+        **{folder.name: _summary(os.path.join(folder, n) for n in found) for folder, found in data.items()},
+        "refused_packets": sum(refused),
         "files_with_refused_packets": len(refused),
         "latest_failures": failures[:5],
         "without_marker": stuck,
