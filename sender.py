@@ -424,7 +424,7 @@ def _exists(path: str) -> bool:
 
 def _free_path(folder: Path, name: str) -> str:
     """Where `name` can go in `folder` without overwriting: X.json, X.1.json, …, found by doubling, then by halves."""
-    os.makedirs(folder, exist_ok=True)  # it may have vanished
+    folder.mkdir(parents=True, exist_ok=True)  # it may have vanished
     stem, suffix = os.path.splitext(os.path.join(folder, name))
 
     def numbered(number: int) -> str:
@@ -1050,8 +1050,12 @@ class Round:
     def send_rest(self) -> Answer:
         """Send what is left, in batches; returns the last answer."""
         while not self.record.sent:
-            batch = self._next_batch()
-            answer = upload_with_retry(batch) if not _stopping else Answer(Outcome.STOPPED)
+            try:
+                batch = self._next_batch()
+                answer = upload_with_retry(batch) if not _stopping else Answer(Outcome.STOPPED)
+            except MemoryError:
+                batch = Batch(b"", self.on_disk[1] - self.on_disk[0], suspected=_PERHAPS)
+                answer = Answer(Outcome.REJECTED, "not enough memory for so many packets at once")
             if answer:
                 self._accepted(batch.packets)
             elif _stopping:
@@ -1179,7 +1183,7 @@ def _upload(path: str, data: str, record: Record, size: int, attempts: int) -> A
         record.unreadable = True
         return Answer(Outcome.UNREADABLE, f"Not a capture: {_one_line(str(error))}")
     except MemoryError:
-        return Answer(Outcome.UNREADABLE, "Not enough memory: lower BATCH_SIZE, or give it more")
+        return Answer(Outcome.UNREADABLE, "Not enough memory to read it")
 
 
 def _round(path: str, data: str, attempts: int, fresh: bool = False) -> Answer:
