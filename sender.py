@@ -255,7 +255,6 @@ class Server:
 
 
 _server = Server()
-_serving = 0  # calls of monitor_and_upload() under way
 _stopping = False
 _resting: dict[str, tuple[float, float, str]] = {}  # files whose file operation failed: until when, how long, why
 _unsaved: dict[str, "Record"] = {}  # the records that a full disk refuses, by their X.json
@@ -264,7 +263,7 @@ _unsaved: dict[str, "Record"] = {}  # the records that a full disk refuses, by t
 def stop_sender() -> None:
     """Ask a running monitor_and_upload() to return: after its current request, within a second of any wait."""
     global _stopping
-    _stopping = _serving > 0  # without a loop there is nothing to stop, and a later process_json_file() is not meant
+    _stopping = bool(_lock_fds)  # without a loop there is nothing to stop, and a later process_json_file() is not meant
 
 
 def _nap(seconds: float) -> bool:
@@ -345,7 +344,7 @@ def _public_url() -> str:
 # Odd files are never followed, and opening one never blocks. Windows has neither these flags nor FIFOs.
 _OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
 _UID = getattr(os, "geteuid", int)()  # 0 on Windows, as st_uid is there
-_lock_fds: list[int] = []  # at most one
+_lock_fds: list[int] = []  # of the loops under way; mostly one
 
 if sys.platform == "win32":
     import msvcrt
@@ -1474,6 +1473,7 @@ def _lock(fd: int, shared: bool = False) -> str:
 @contextlib.contextmanager
 def _only_sender() -> Iterator[None]:
     """Hold LOGS_DIR's lock: the operating system's, so it dies with the process. Its file only names the holder."""
+    global _stopping
     LOGS_DIR.mkdir(parents=True, exist_ok=True)
     fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o600)
     _lock_fds.append(fd)
@@ -1491,6 +1491,7 @@ def _only_sender() -> Iterator[None]:
     finally:
         _lock_fds.remove(fd)
         os.close(fd)
+        _stopping = _stopping and bool(_lock_fds)
 
 
 def _check_folders() -> None:
@@ -1520,31 +1521,25 @@ def monitor_and_upload(once: bool = False) -> None:
     Runs in any thread, and again after it has returned. With `once`, returns when nothing more can be done now.
     Raises ValueError for a bad setting, AlreadyRunning, and OSError where LOGS_DIR cannot be used.
     """
-    global _serving, _stopping
-    _serving += 1
-    try:
-        check_settings()
-        with _only_sender():
-            _check_folders()
-            for name in sorted(_env_file - _settings.keys()):
-                for meant in difflib.get_close_matches(name, _settings, 1, 0.8):
-                    logger.warning(".env: %s is no setting and is ignored; %s is", _printable(name), meant)
-            logger.info("Watching %s, uploading to %s", _printable(PENDING_DIR), _public_url())
-            bytes(16 << 20)  # having freed one large block, glibc keeps each batch's memory: a fifth less CPU
-            _server.next_sweep, _server.next_refused = time.monotonic(), 0
-            while not _stopping:
-                if time.monotonic() >= _server.next_sweep:
-                    retry_failed_uploads()
-                    if KEEP_PROCESSED_DAYS:
-                        _prune_processed()
-                at_once = _upload_ready() or not _server.next_sweep  # more may have come meanwhile
-                if once and not at_once:
-                    break
-                _nap(0 if at_once else POLL_INTERVAL)
-            logger.info("Stopped; %s waiting", _count(_waiting(), "file"))
-    finally:
-        _serving -= 1
-        _stopping = _stopping and _serving > 0
+    check_settings()
+    with _only_sender():
+        _check_folders()
+        for name in sorted(_env_file - _settings.keys()):
+            for meant in difflib.get_close_matches(name, _settings, 1, 0.8):
+                logger.warning(".env: %s is no setting and is ignored; %s is", _printable(name), meant)
+        logger.info("Watching %s, uploading to %s", _printable(PENDING_DIR), _public_url())
+        bytes(16 << 20)  # having freed one large block, glibc keeps each batch's memory: a fifth less CPU
+        _server.next_sweep, _server.next_refused = time.monotonic(), 0
+        while not _stopping:
+            if time.monotonic() >= _server.next_sweep:
+                retry_failed_uploads()
+                if KEEP_PROCESSED_DAYS:
+                    _prune_processed()
+            at_once = _upload_ready() or not _server.next_sweep  # more may have come meanwhile
+            if once and not at_once:
+                break
+            _nap(0 if at_once else POLL_INTERVAL)
+        logger.info("Stopped; %s waiting", _count(_waiting(), "file"))
 
 
 # ---------------------------------------------------------------- --status

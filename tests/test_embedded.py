@@ -434,7 +434,7 @@ def test_a_stop_right_after_the_start_is_heard(spool: Spool) -> None:
         sender = spool.load(SERVER_URL="http://127.0.0.1:9/ingest")
         thread = threading.Thread(target=sender.monitor_and_upload, daemon=True)
         thread.start()
-        wait_until(lambda: sender._serving, "it has begun")  # noqa: B023
+        wait_until(lambda: sender._lock_fds, "it has begun")  # noqa: B023
         sender.stop_sender()
         thread.join(30)
         assert not thread.is_alive()
