@@ -625,8 +625,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 
     def __init__(self, path: str) -> None:
         self._path, self._file = path, _open_regular(path)
-        self._numbers: list[int] = []  # marks: a packet's number,
-        self._offsets: list[int] = []  # and its byte offset; at last the end
+        self._marks: list[tuple[int, int]] = []  # a packet's number, and its byte offset; at last the end
         self._separator = b""  # what stands between two packets, and all others of most files
         self._tail = 0  # of the separator, what belongs to the packet behind it
         self._last = (-1, 0)  # the last batch's end, packet number and byte offset: mostly the next one's beginning
@@ -640,7 +639,7 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._file.close()
 
     def __len__(self) -> int:
-        return self._numbers[-1]
+        return self._marks[-1][0]
 
     def _skip_white(self, data: bytes, base: int) -> tuple[bytes, int]:
         """`data`, which stands at offset `base`, and what follows it: from where white space ends, and that offset."""
@@ -663,14 +662,12 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
             data, base = self._skip_white(data + more, base)
             count, used, closed = self._packets(data, not more, number, base)
             if count:
-                self._numbers.append(number)
-                self._offsets.append(base)
+                self._marks.append((number, base))
             number, data, base = number + count, data[used:], base + used
         data, base = self._skip_white(data, base)
         if data:
             raise NotACapture(f"Extra data after the array (byte {base:,})")
-        self._numbers.append(number)
-        self._offsets.append(base)
+        self._marks.append((number, base))
 
     def _packets(self, data: bytes, last: bool, number: int, base: int) -> tuple[int, int, bool]:
         """Of a block: how many packets are whole in it, how many bytes they take, and whether the array ends there."""
@@ -691,12 +688,13 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 
     def _offset(self, number: int) -> int:
         """Where packet `number` starts: at a mark, or so many packets behind it."""
-        mark = bisect.bisect_right(self._numbers, number) - 1
-        offset, behind = self._offsets[mark], number - self._numbers[mark]
+        mark = bisect.bisect_right(self._marks, (number, sys.maxsize)) - 1
+        first, offset = self._marks[mark]
+        behind = number - first
         if not behind:
             return offset
         self._file.seek(offset)
-        block, at = self._file.read(self._offsets[mark + 1] - offset), -1
+        block, at = self._file.read(self._marks[mark + 1][1] - offset), -1
         for _ in range(behind if self._separator else 0):
             at = block.find(self._separator, at + 1)
         if at >= 0 and _prove(block[: at + 1], self._separator) == behind:
