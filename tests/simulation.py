@@ -416,7 +416,7 @@ class Server:
         """What a request is answered, after how many seconds. Stores the batch, or does not."""
         now, chance = self.life.now, self.rng.random
         idle, self.used_at = now - self.used_at, now
-        if "idle resets" in self.life.features and self.life.born + 5 < now - 5 and idle > 5 and chance() < 0.5:
+        if "idle resets" in self.life.features and self.life.born + 5 < now - 5 and 5 < idle <= 60 and chance() < 0.5:
             self.used_at = now - 1
             return "reset", 0.01
         for mood, often in self.moods:
@@ -909,7 +909,7 @@ class Life:
             self.stop()
 
     def go_on(self) -> None:
-        if not self.rested_at:
+        if not self.rested_at and self.now < self.healed_at + self.patience / 2:
             self.producer.drop(self.producer.new(healthy=True))
             self.at(self.now + self.interval * 0.7, self.go_on)
 
@@ -1101,7 +1101,7 @@ class Life:
                 return f"{capture}: packets {[number - capture.first for number in missing]} are not delivered"
             if (FAILED if missing or not capture.valid else PROCESSED) not in path:
                 return f"{capture} is still {self.disk.short(path)}"
-            if missing and any(batch.told for batch in capture.batches.values()):
+            if missing and len(missing) < capture.count:
                 listed = self.ledger.record(path).get("refused", [])
                 if listed != [number - capture.first for number in missing]:
                     return (
