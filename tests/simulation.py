@@ -217,10 +217,13 @@ class Disk:
         if self.mine(path):
             if self.dead:
                 raise Killed
-            self.looks += 1
-            if self.looks > 50_000:
-                raise Wrong("busy without a pause: 50,000 looks at the disk, nothing sent, written or waited for")
+            self.busy()
             self.refuse("look", str(path))
+
+    def busy(self) -> None:
+        self.looks += 1
+        if self.looks > 50_000:
+            raise Wrong("busy without a pause: 50,000 looks and log lines, nothing sent, written or waited for")
 
     def refuse(self, call: str, *paths: str) -> None:
         """Raise what a full disk, a missing permission or a virus scanner makes of an operation."""
@@ -516,10 +519,10 @@ class Ledger:
         told = self.told_by_disk(capture)
         if span in told:
             capture.doubtful &= self.life.disk.full or bool(self.life.disk.closed)  # else the disk's word is the last
-            batch.told, batch.excuse = batch.told and not batch.excuse, ""
+            batch.excuse = batch.excuse if capture.disturbed == self.life.starts else ""
         elif not capture.doubtful:
             raise Wrong(f"{what} is sent, but the disk tells of {sorted(told)}")
-        if batch.told:
+        if batch.told and capture.disturbed != self.life.starts:
             raise Wrong(f"{what} is delivered, as the sender knows, and is sent again")
         capture.inherited = capture.inherited or span
         if span[1] - span[0] > self.life.batch_size and span != capture.inherited:
@@ -568,7 +571,7 @@ class Ledger:
         for path, capture in self.where.items():
             told, done = self.told_by_disk(capture), self.record(path).get("uploaded", 0)
             for span, batch in capture.batches.items():
-                batch.told &= batch is not capture.last or span not in told
+                batch.told &= capture.disturbed != self.life.starts and (batch is not capture.last or span not in told)
                 if capture.doubtful and batch.end > done:
                     batch.excuse, batch.told = "(e)", False
             capture.inherited = None
@@ -1051,6 +1054,7 @@ class Life:
         """Each line that the sender says."""
         line = record.getMessage()
         self.said += 1
+        self.disk.busy()
         if not line.isprintable() or not line or len(line) > 1000 or record.exc_info:
             raise Wrong(f"not a log line: {line!r}")
         if any(secret in line for secret in (WORD, TOKEN, PASSWORD)):
@@ -1230,7 +1234,7 @@ class Life:
             raise Wrong(f"it was at rest, and is no more: {left}")
         for folder in (PENDING, FAILED, PROCESSED):
             meant = {path: capture for path, capture in self.disk.where.items() if Path(path).parent.name == folder}
-            found = {str(path) for path in (self.root / folder).iterdir() if path.suffix != READY}
+            found = {str(path) for path in (self.root / folder).iterdir() if path.suffix not in (READY, ".tmp")}
             records = {path.replace(TAKEN, "") + STATE for path in meant} if folder == FAILED else set()
             records -= {path + STATE for path, capture in meant.items() if not capture.valid and capture.disturbed >= 0}
             old = {path for path in found if path.endswith(".json") and Path(path).read_bytes().startswith(b"older")}
