@@ -136,6 +136,8 @@ class Capture:
     batches: dict[tuple[int, int], Batch] = field(default_factory=dict)
     last: Batch | None = None  # the last request's
     last_round: object = None  # that this request belonged to
+    began: tuple[int, int] = (-1, -1)  # the first request's in this round
+    answers: list[str] = field(default_factory=list)  # in this round
     search: tuple[int, int] | None = None  # the suspected batch whose pieces go out
     inherited: tuple[int, int] | None = None  # this process' first request, which may be larger than BATCH_SIZE
     doubtful: bool = False  # the disk refused its record, or somebody changed it: it need not tell what is sent
@@ -199,12 +201,12 @@ class Disk:
         self.closed: dict[str, bool] = {}  # folders without permission; True: not even to look
         self.files: dict[int, str] = {}  # paths of descriptors
         self.unsynced: set[str] = set()  # paths whose content is in memory only
-        self.begin(0, "before", set(), False)
+        self.begin(-1, "before", "", set(), False)
 
-    def begin(self, fatal: int, manner: str, hiccups: set[int], power_cut: bool) -> None:
-        """A new process: the point at which it ends, and those at which an operation fails once."""
+    def begin(self, fatal: int, manner: str, calls: str, hiccups: set[int], power_cut: bool) -> None:
+        """A new process: at which of these calls it ends, and points at which an operation fails once."""
         self.dead, self.points, self.looks, self.refusals = False, 0, 0, 0
-        self.fatal, self.manner, self.hiccups = fatal, manner, hiccups
+        self.fatal, self.manner, self.calls, self.hiccups = fatal, manner, calls, hiccups
         self.undo: list[Callable[[], None]] | None = [] if power_cut else None  # since the last flush
 
     def short(self, path: str) -> str:
@@ -246,7 +248,8 @@ class Disk:
         if self.dead:
             raise Killed
         self.points, self.looks = self.points + 1, 0
-        last = self.points == self.fatal
+        self.fatal -= call in self.calls
+        last = self.fatal == 0 and call in self.calls
         if last and self.manner == "before":
             self.die(f"before {call} {self.short(paths[0])}")
         self.refuse(call, *paths)
@@ -266,7 +269,7 @@ class Disk:
 
         def in_two() -> None:
             step(data[: len(data) // 2])
-            if self.points == self.fatal and self.manner == "half":
+            if self.fatal == 0 and self.manner == "half":
                 self.die(f"amid write {self.short(path)}")
             step(data[len(data) // 2 :])
 
@@ -531,8 +534,22 @@ class Ledger:
         for other, earlier in capture.batches.items():
             if earlier.stored and other != span and other[0] < span[1] and span[0] < other[1]:
                 self.check_repeat(capture, earlier, what)
-        capture.last, capture.last_round, capture.ready = batch, (self.life.starts, self.round(path)), None
+        this_round = (self.life.starts, self.round(path))
+        if this_round != capture.last_round:
+            if isinstance(capture.last_round, tuple) and capture.last_round[0] == self.life.starts:
+                self.check_begin(capture, span, path)
+            capture.began, capture.answers = span, []
+        capture.last, capture.last_round, capture.ready = batch, this_round, None
         return batch
+
+    def check_begin(self, capture: Capture, span: tuple[int, int], path: str) -> None:
+        """After a round that has shown nothing the next one begins with the same batch (SPEC 5)."""
+        last, starts = capture.batches.get(capture.began), self.life.starts
+        odd = not last or last.excuse or capture.doubtful or starts == capture.disturbed
+        ended = capture.answers[-1:] in (["fault"], ["rejected"], ["unanswered"]) and "delivered" not in capture.answers
+        sent = self.record(path).get("uploaded") == capture.count
+        if ended and not (odd or sent) and capture.began[0] == span[0] and capture.began != span:
+            raise Wrong(f"{capture} {last} was answered {capture.answers}, and the next round begins with {span}")
 
     def round(self, path: str) -> object:
         return self.life.sweeps if f"{os.sep}{FAILED}{os.sep}" in path else PENDING
@@ -565,6 +582,7 @@ class Ledger:
             batch.rounds.add(self.round(self.path(capture)))
         batch.lied = batch.stored and (batch.lied or what in ("fault", "rejected"))
         batch.told = what == "delivered"
+        capture.answers.append(what)
 
     def end_of_process(self) -> None:
         """From now on the sender knows what the disk tells, and nothing else."""
@@ -654,14 +672,14 @@ class Producer:
             capture.grown = more, self.text(first, more)
             if rng.random() < 0.5:
                 capture.valid, capture.text = False, begun
-        answer, good = rng.choice(BAD), rng.random() < 0.5
+        answer, lasting = rng.choice(BAD), rng.choice((0, 0.5, 1))
         spoilt = [n for n in range(count) if self.has("bad packets", 0.2)]
         if count and self.has("bad runs"):
             begin = rng.randrange(count)
             spoilt += range(begin, min(count, begin + rng.randint(2, 7)))
         for number in spoilt:
             self.life.server.bad[first + number] = rng.choice(BAD) if rng.random() < 0.3 else answer
-            if good:
+            if rng.random() < lasting:
                 self.life.for_good.add(first + number)
         return capture
 
@@ -706,7 +724,7 @@ class Producer:
         Not the former where it may end there: that marker is gone with the one that was to go, and a person is told so.
         """
         name, disk, sent = os.path.basename(path).replace(READY, ""), self.life.disk, self.life.last_capture
-        calm = not (disk.fatal or disk.hiccups or disk.full or disk.closed or self.life.healed_at)
+        calm = not (disk.fatal >= 0 or disk.hiccups or disk.full or disk.closed or self.life.healed_at)
         if call in ("rename", "unlink") and name in self.names and calm and self.has("races", 0.2):
             with disk.of_others():
                 capture = self.new()
@@ -788,6 +806,7 @@ class Life:
         self.for_good: set[int] = set()  # packets that stay bad
         self.starts = self.sweeps = self.requests = self.said = self.turns = 0
         self.watching = self.doomed = self.over = False
+        self.ended = False  # this sweep, by an answer
         self.stopped_at = self.healed_at = self.rested_at = 0.0
         self.asked_since_stop = self.asked_until_healed = 0
         self.last_look = (0, 0)
@@ -910,7 +929,7 @@ class Life:
         self.server.bad = {number: reply for number, reply in self.server.bad.items() if number in self.for_good}
         if self.rng.random() < 0.5:
             self.server.limit = sys.maxsize
-        self.disk.full, self.disk.closed, self.disk.hiccups, self.disk.fatal = False, {}, set(), 0
+        self.disk.full, self.disk.closed, self.disk.hiccups, self.disk.fatal = False, {}, set(), -1
         self.doomed = False
         self.go_on()
         if self.rng.random() < 0.5:
@@ -998,8 +1017,11 @@ class Life:
         if self.stopped_at and self.asked_since_stop > 1:
             raise Wrong("it was asked to stop, and sends one request after the other")
         capture, span = self.identify(request)
+        path = self.ledger.path(capture)
         if capture is not self.last_capture:
-            self.turns, self.last_capture = self.turns + (FAILED in self.ledger.path(capture)), capture
+            self.turns, self.last_capture = self.turns + (FAILED in path), capture
+        if self.ended and FAILED in path:
+            raise Wrong(f"{capture} is tried, although this sweep has shown that it is the server")
         batch = self.ledger.enter(capture, span)
         self.check_turns()
         reply, took = self.disk.step("request", lambda: self.exchange(capture, batch), str(self.root / "server"))
@@ -1008,6 +1030,7 @@ class Life:
             self.server.used_at = math.inf  # the next one goes over a connection of its own
         self.ledger.note_answer(capture, batch, reply)
         self.answers.append((capture, outcome(reply)))
+        self.ended |= FAILED in path and outcome(reply) in ("away", "busy", "misconfigured")
         if self.healed_at and self.now > self.healed_at + self.patience / 2:
             self.look_for_rest()  # a bad file that is tried without a pause must not hide it
         if self.requests - self.asked_until_healed > self.most_requests:
@@ -1064,7 +1087,7 @@ class Life:
             self.check_sweep(early=True)
         if line.startswith("Retrying ") and line.endswith(" failed uploads..."):
             self.check_sweep()
-            self.sweeps += 1
+            self.sweeps, self.ended = self.sweeps + 1, False
             self.due = [capture for path, capture in self.disk.where.items() if self.is_due(path, capture)]
 
     def is_due(self, path: str, capture: Capture) -> bool:
@@ -1185,12 +1208,13 @@ class Life:
             raise Wrong(f"started 400 times; {self.unfinished()}")
         for capture in self.captures:
             capture.ready = None if capture.ready is None else self.turns
-        fatal = 0
+        fatal = -1  # never
         if self.ends and not self.healed_at and rng.random() < 0.8:
             self.ends, fatal = self.ends - 1, rng.choice((rng.randint(1, 15), rng.randint(1, 50), rng.randint(1, 200)))
         few = {rng.randint(1, 150) for _ in range(3)} if "hiccups" in self.features and not self.healed_at else set()
         power_cut = "power cuts" in self.features and rng.random() < 0.7
-        self.disk.begin(fatal, rng.choice(("before", "half", "after")), few, power_cut)
+        calls = rng.choice(("create write fsync rename unlink mkdir request", "rename unlink", "request"))
+        self.disk.begin(fatal, rng.choice(("before", "half", "after")), calls, few, power_cut)
         self.due, self.answers = [], []
         once = "cron" in self.features and rng.random() < 0.7
         self.tell(f"start {'--once ' if once else ''}with BATCH_SIZE={self.batch_size}")
