@@ -130,6 +130,7 @@ class Capture:
     name: str
     count: int  # packets
     text: bytes  # what is in it, and must be found in the end
+    mtime: int = 0  # in ns, as it must be in the end
     valid: bool = True
     grown: tuple[int, bytes] | None = None  # packets and text when its producer or a person has gone on
     texts: list[bytes] = field(default_factory=list)  # what it has been
@@ -707,7 +708,7 @@ class Producer:
         if overwritten := self.life.disk.where.get(path):
             self.life.captures.remove(overwritten)  # its producer's own loss: nobody had taken it yet
         temporary = path + ".tmp"
-        self.life.put(temporary, capture.text)
+        capture.mtime = self.life.put(temporary, capture.text)
         os.replace(temporary, path)
         self.life.disk.where[path] = capture
         self.life.captures.append(capture)
@@ -956,20 +957,21 @@ class Life:
         self.wall_offset += seconds
         self.tell(f"the clock jumps by {seconds} s")
 
-    def put(self, path: str, content: bytes) -> None:
+    def put(self, path: str, content: bytes) -> int:
         """Write into a file; its time is the life's, and no other file's."""
         with open(path, "r+b" if os.path.exists(path) else "wb") as file:
             file.write(content)
             file.truncate()
         ns = int((self.now + 1_700_000_000) * 1e9) + next(self.serial)
         os.utime(path, ns=(ns, ns))
+        return ns
 
     def rewrite(self, capture: Capture, path: str) -> None:
         """Change the content, or only the time, of a file that may be on its way."""
         if capture.grown:
             capture.valid, (capture.count, capture.text), capture.grown = True, capture.grown, None
             capture.texts.append(capture.text)
-        self.put(path, capture.text)
+        capture.mtime = self.put(path, capture.text)
         capture.disturb(self.starts, "(d)")
 
     def interfere(self) -> None:
@@ -1129,12 +1131,11 @@ class Life:
                 return f"{capture}: packets {[number - capture.first for number in missing]} are not delivered"
             if (FAILED if missing or not capture.valid else PROCESSED) not in path:
                 return f"{capture} is still {self.disk.short(path)}"
-            if missing and len(missing) < capture.count:
-                listed = self.ledger.record(path).get("refused", [])
-                if listed != [number - capture.first for number in missing]:
-                    return (
-                        f"{capture}: {[number - capture.first for number in missing]} are missing, listed are {listed}"
-                    )
+            record, numbers = self.ledger.record(path), [number - capture.first for number in missing]
+            if FAILED in path and not record and capture.disturbed < 0:
+                return f"{capture} has no record"  # the disk was full; it is written in its turn
+            if missing and len(missing) < capture.count and record.get("refused") != numbers:
+                return f"{capture}: {numbers} are missing, listed are {record.get('refused')}"
         left = sorted(name for name in os.listdir(self.root / PENDING) if not name.endswith(READY))
         return f"left in {PENDING}: {left}" if left else ""
 
@@ -1272,7 +1273,7 @@ class Life:
                     re.escape(stem) + r"(\.\d+)*" + re.escape(suffix) + rf"({TAKEN})?", Path(path).name
                 ):
                     raise Wrong(f"{capture} has become {self.disk.short(path)}")
-                if Path(path).read_bytes() != capture.text:
+                if Path(path).read_bytes() != capture.text or os.stat(path).st_mtime_ns != capture.mtime:
                     raise Wrong(f"{self.disk.short(path)} is not what its producer wrote")
         if "collisions" in self.features and not any(
             b"older" in f.read_bytes()[:5] for f in self.root.glob("*/*.json")
