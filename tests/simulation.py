@@ -141,6 +141,7 @@ class Capture:
     answers: list[str] = field(default_factory=list)  # in this round
     search: tuple[int, int] | None = None  # the suspected batch whose pieces go out
     inherited: tuple[int, int] | None = None  # this process' first request, which may be larger than BATCH_SIZE
+    tried: int = 0  # the last sweep
     doubtful: bool = False  # the disk refused its record, or somebody changed it: it need not tell what is sent
     disturbed: int = -1  # by a person or its producer, while that process lived
     ready: int | None = None  # turns of failed files when it became ready; None: not, or it has been tried
@@ -249,8 +250,9 @@ class Disk:
         if self.dead:
             raise Killed
         self.points, self.looks = self.points + 1, 0
-        self.fatal -= call in self.calls
-        last = self.fatal == 0 and call in self.calls
+        counts = call in self.calls and (self.life.watching or "mkdir" in self.calls)
+        self.fatal -= counts
+        last = counts and self.fatal == 0
         if last and self.manner == "before":
             self.die(f"before {call} {self.short(paths[0])}")
         self.refuse(call, *paths)
@@ -812,7 +814,7 @@ class Life:
         self.asked_since_stop = self.asked_until_healed = 0
         self.last_look = (0, 0)
         self.last_capture: Capture | None = None
-        self.due: list[Capture] = []  # what this sweep must try
+        self.due: list[tuple[Capture, int]] = []  # what this sweep must try, and in which sweep it was tried last
         self.answers: list[tuple[Capture, str]] = []  # since it began
         self.batch_size = rng.choice((1, 2, 3, 4, 5, 8))
         self.timeout, self.interval = rng.choice((2, 10, 30)), rng.choice((20, 60, 60, 300))
@@ -1032,6 +1034,7 @@ class Life:
             self.server.used_at = math.inf  # the next one goes over a connection of its own
         self.ledger.note_answer(capture, batch, reply)
         self.answers.append((capture, outcome(reply)))
+        capture.tried = self.sweeps
         self.ended |= FAILED in path and outcome(reply) in ("away", "busy", "misconfigured")
         if self.healed_at and self.now > self.healed_at + self.patience / 2:
             self.look_for_rest()  # a bad file that is tried without a pause must not hide it
@@ -1090,7 +1093,9 @@ class Life:
         if line.startswith("Retrying ") and line.endswith(" failed uploads..."):
             self.check_sweep()
             self.sweeps, self.ended = self.sweeps + 1, False
-            self.due = [capture for path, capture in self.disk.where.items() if self.is_due(path, capture)]
+            self.due = [
+                (capture, capture.tried) for path, capture in self.disk.where.items() if self.is_due(path, capture)
+            ]
 
     def is_due(self, path: str, capture: Capture) -> bool:
         if f"{os.sep}{FAILED}{os.sep}" not in path or not capture.valid or not capture.count:
@@ -1104,24 +1109,26 @@ class Life:
         """The sweep before this one has tried all that was due, or has ended early for a listed reason (SPEC 6)."""
         due, answers, self.due, self.answers = self.due, self.answers, [], []
         failed = {capture for capture, what in answers if what != "delivered"}
-        whole = {what for _, what in answers}
+        whole, tried = {what for _, what in answers}, {capture for capture, _ in answers}
+        latest = max((when for capture, when in due if capture in tried), default=0)
+        for capture, when in due if "clock" not in self.features and not self.disk.refusals else ():
+            if capture not in tried and when < latest and capture.disturbed < self.starts:
+                raise Wrong(f"{capture} had no turn since sweep {when}, others in sweep {latest}")
         if whole & {"away", "busy", "misconfigured"} or self.disk.refusals:
             return
         if early and len(failed) >= 3 and "delivered" not in whole:
             return
-        for capture in due:
-            tried = any(other is capture for other, _ in answers) or capture.disturbed == self.starts
-            if not tried and FAILED in self.ledger.path(capture):
+        for capture, _ in due:
+            if capture not in tried and capture.disturbed < self.starts and FAILED in self.ledger.path(capture):
                 words = [what for _, what in answers[-9:]]
                 raise Wrong(f"{capture} was not tried in this sweep, although the server is well: {words}")
 
     def check_turns(self) -> None:
-        """No ready file waits while two failed ones have their turns (SPEC 3, 6)."""
-        if not self.disk.refusals:
-            for capture in self.captures:
-                waits = self.turns - (self.turns if capture.ready is None else capture.ready)
-                if waits > 2 and capture.count and capture.valid and capture.disturbed != self.starts:
-                    raise Wrong(f"{capture} is ready, and waits while {waits} failed files have their turns")
+        """No ready file waits while three failed ones have their turns (SPEC 3, 6)."""
+        for path, capture in self.disk.where.items() if not self.disk.refusals else ():
+            waits = 0 if capture.ready is None or PENDING not in path else self.turns - capture.ready
+            if waits > 2 and capture.count and capture.valid and capture.disturbed != self.starts:
+                raise Wrong(f"{capture} is ready, and waits while {waits} failed files have their turns")
 
     def unfinished(self) -> str:
         """What is still to come, or nothing."""
@@ -1136,8 +1143,10 @@ class Life:
                 return f"{capture} has no record"  # the disk was full; it is written in its turn
             if missing and len(missing) < capture.count and record.get("refused") != numbers:
                 return f"{capture}: {numbers} are missing, listed are {record.get('refused')}"
-        left = sorted(name for name in os.listdir(self.root / PENDING) if not name.endswith(READY))
-        return f"left in {PENDING}: {left}" if left else ""
+        left = [name for name in os.listdir(self.root / PENDING) if not name.endswith(READY)]
+        failed = set(os.listdir(self.root / FAILED))
+        left += [name for name in failed if name.endswith(STATE) and not failed & {name[:-6], name[:-6] + TAKEN}]
+        return f"left over: {sorted(left)}" if left else ""
 
     def look_for_rest(self) -> None:
         """After the healing: is it at rest, and does it stay so for more than a sweep? In bounded time and requests."""
@@ -1209,12 +1218,15 @@ class Life:
             raise Wrong(f"started 400 times; {self.unfinished()}")
         for capture in self.captures:
             capture.ready = None if capture.ready is None else self.turns
-        fatal = -1  # never
-        if self.ends and not self.healed_at and rng.random() < 0.8:
-            self.ends, fatal = self.ends - 1, rng.choice((rng.randint(1, 15), rng.randint(1, 50), rng.randint(1, 200)))
+            capture.tried = self.sweeps  # what the last process was about is on no disk
+        fatal, calls = -1, ""  # never
+        if self.ends and not self.healed_at:
+            calls, most = rng.choice(
+                (("create write fsync rename unlink mkdir request", 99), ("rename unlink", 40), ("request", 20))
+            )
+            self.ends, fatal = self.ends - 1, rng.randint(1, rng.choice((most // 4, most)))
         few = {rng.randint(1, 150) for _ in range(3)} if "hiccups" in self.features and not self.healed_at else set()
         power_cut = "power cuts" in self.features and rng.random() < 0.7
-        calls = rng.choice(("create write fsync rename unlink mkdir request", "rename unlink", "request"))
         self.disk.begin(fatal, rng.choice(("before", "half", "after")), calls, few, power_cut)
         self.due, self.answers = [], []
         once = "cron" in self.features and rng.random() < 0.7
