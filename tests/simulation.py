@@ -593,7 +593,7 @@ class Ledger:
             told, done = self.told_by_disk(capture), self.record(path).get("uploaded", 0)
             for span, batch in capture.batches.items():
                 batch.told &= capture.disturbed != self.life.starts and (batch is not capture.last or span not in told)
-                if capture.doubtful and batch.end > done:
+                if capture.doubtful and (batch.end > done or span in told):
                     batch.excuse, batch.told = "(e)", False
             capture.inherited = None
 
