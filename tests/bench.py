@@ -18,12 +18,10 @@ Many files   N of them in any one folder: seconds to the first request, millisec
 
 The contenders take turns, so that whatever else the machine does meets all of them alike. A ratio is that to the first
 row in the same round: the median of the rounds, the lowest and the highest behind it. Packets have the sniffer's 33
-fields and come from a fixed seed. The server is a sink, a thread of this process: it reads every byte, answers, then
-counts the packets. After every run its count must be what was written, and every file in processed/; else the exit
-status is 1. All files lie in a temporary folder, and are removed.
-
-CPU is user plus system time, 1 MB is 10^6 bytes; both come from os.wait4(). A peak below the bench's own, some 20 MB,
-does not show. What the platform cannot tell is "nan"; on Windows, the last two parts are left out.
+fields and come from a fixed seed; all files lie in a temporary folder, and are removed. The server is a sink, a thread
+of this process: it reads every byte, answers, then counts the packets. After every run its count must be what was
+written, and every file in processed/; else the exit status is 1. CPU is user plus system time, 1 MB is 10^6 bytes; a
+peak below the bench's own 20 MB does not show. What the platform cannot tell is "nan"; Windows lacks the last two parts.
 """
 
 from __future__ import annotations
@@ -57,7 +55,6 @@ BATCH = 1000  # packets in one request, sender.py's own default
 START_UPS = 15  # rounds
 NOTICED = 10  # files
 MORE = 100  # files, ready beside many others
-LIMIT = 900  # seconds after which a process is taken to hang
 
 # Anything of the caller's environment that would make the contenders do different work.
 _SETTINGS = """
@@ -146,7 +143,7 @@ class Work(NamedTuple):
     folder: Path
     lines: Path  # one packet a line
     packets: int
-    batch: int  # packets in each request
+    size: int  # packets in each file
     files: list[str]  # their names, in processed/ between two runs
 
 
@@ -178,7 +175,7 @@ def prepared(folder: Path, packets: int, size: int) -> Iterator[Work]:
         (own / "bodies").mkdir()
         write_arrays(lines, own / "bodies", min(size, BATCH))
         files = write_arrays(lines, make_spool(own) / "processed", size)
-        yield Work(own, lines, packets, min(size, BATCH), files)
+        yield Work(own, lines, packets, size, files)
 
 
 def make_spool(folder: Path) -> Path:
@@ -253,7 +250,7 @@ class Run(NamedTuple):
 
 
 class Process:
-    """A running command. Its messages go to a file, as a service's would; it outlives neither its block nor LIMIT."""
+    """A running command. Its messages go to a file, as a service's would; it does not outlive its block."""
 
     def __init__(self, command: list[str], logs: Path, url: str, **settings: str) -> None:
         kept = {k: v for k, v in os.environ.items() if k not in SENDER_SETTINGS and not k.lower().endswith("_proxy")}
@@ -263,18 +260,14 @@ class Process:
             os.sync()  # or the kernel writes back during the run what was prepared for it
         self._started = time.perf_counter()
         with open(self._messages, "wb") as log:
-            self._popen = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-            )
-        self.pid, self.terminate = self._popen.pid, self._popen.terminate
-        self._timer = threading.Timer(LIMIT, self._popen.kill)
-        self._timer.start()
+            null = subprocess.DEVNULL
+            self._popen = subprocess.Popen(command, env=environment, stdin=null, stdout=log, stderr=log)
+        self.pid = self._popen.pid
 
     def __enter__(self) -> Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
         if self._popen.returncode is None:
             self._popen.kill()
             self._popen.wait()
@@ -301,6 +294,12 @@ class Process:
         if self._popen.returncode not in fine:
             self._give_up()
         return Run(seconds, cpu, peak)
+
+    def stop(self, *fine: int) -> Run:
+        """The same after SIGTERM, with the seconds from there."""
+        asked = time.perf_counter()
+        self._popen.terminate()
+        return self.end(*fine)._replace(seconds=time.perf_counter() - asked)
 
     def _give_up(self) -> None:
         last = self._messages.read_text("utf-8", "replace").splitlines()[-5:]
@@ -409,7 +408,7 @@ def contenders(work: Work, sink: Sink, senders: dict[str, list[str]]) -> dict[st
     if shutil.which("syslog-ng"):
         about = subprocess.run(["syslog-ng", "--version"], capture_output=True, text=True, check=True).stdout
         version = (re.findall(r"Config version: (\S+)", about) or ["3.35"])[0]
-        text = SYSLOG_NG.format(version=version, lines=work.lines, url=sink.url, batch=work.batch)
+        text = SYSLOG_NG.format(version=version, lines=work.lines, url=sink.url, batch=min(work.size, BATCH))
         (work.folder / "cfgfile").write_text(text)
         files = [f"--{name}={work.folder / name}" for name in ("cfgfile", "persist-file", "pidfile", "control")]
         commands["syslog-ng"] = ["syslog-ng", "--foreground", *files]
@@ -428,20 +427,17 @@ def measure_packets(work: Work, sink: Sink, senders: dict[str, list[str]], round
         (work.folder / "persist-file").unlink(missing_ok=True)
         sink.forget()
         with Process(commands[name], logs, sink.url) as process:
-            # syslog-ng follows its file for ever: its time ends when the last packet has arrived.
-            arrived = process.wait_until(lambda: sink.packets >= work.packets) if name == "syslog-ng" else None
-            if arrived:
-                process.terminate()
-            run = process.end(0)
-        if sink.packets != work.packets:
-            sys.exit(f"bench: {name} delivered {sink.packets:,} packets of {work.packets:,}")
-        if os.listdir(logs / "pending_upload") or sorted(os.listdir(logs / "processed")) != work.files:
-            sys.exit(f"bench: {name} has not moved every file to processed/")
-        return run._replace(seconds=arrived or run.seconds)
+            if name == "syslog-ng":  # it follows its file for ever: its time ends when the last packet has arrived
+                seconds = process.wait_until(lambda: sink.packets >= work.packets)
+                run = process.stop(0)._replace(seconds=seconds)
+            else:
+                run = process.end(0)
+        if sink.packets != work.packets or sorted(os.listdir(logs / "processed")) != work.files:
+            sys.exit(f"bench: {name} delivered {sink.packets:,} packets of {work.packets:,}, or kept a file")
+        return run
 
     files = f"{len(work.files):,} files" if len(work.files) > 1 else "One file"
-    size = math.ceil(work.packets / len(work.files))
-    print_table(f"{files} of {size:,} packets", take_turns(commands, rounds, run))
+    print_table(f"{files} of {work.size:,} packets", take_turns(commands, rounds, run))
 
 
 # --- Waiting -----------------------------------------------------------------------------------
@@ -465,8 +461,7 @@ def measure_waiting(folder: Path, sink: Sink, senders: dict[str, list[str]], sec
             for number in range(NOTICED):
                 time.sleep(random.random())  # polls are to be met at any moment
                 delays.append(send_one(logs, str(number), process, sink))
-            process.terminate()
-            process.end(0)
+            process.stop(0)
         show_progress("")
         print(f"{name:<17}{share:.3%} of one core; a file arrives {spread(delays)} s after its marker")
 
@@ -488,7 +483,6 @@ def cpu_clock(pid: int) -> float:
 
 
 # --- Many files --------------------------------------------------------------------------------
-
 
 CASES = {  # folder; STEM of STEM.json, STEM.1.json ...; the ending of what is beside each of them; their age in days
     "none": ("", "", "", 0),
@@ -518,11 +512,11 @@ def measure_case(case: str, folder: Path, sink: Sink, sender: list[str], count: 
         first = process.wait_until(lambda: sink.packets > 0)
         arrived = sink.packets
         each = (process.wait_until(lambda: sink.packets >= MORE) - first) / max(1, MORE - arrived)
-        stop, peak = stop_it(process)
+        stop = process.stop(0)
     with among_many(case, folder, sink, sender, count) as process:
         time.sleep(first / 2)
-        early_stop, early_peak = stop_it(process)
-    return first, each, max(stop, early_stop), max(peak, early_peak)
+        early = process.stop(0, -signal.SIGTERM)  # the latter before it has a handler
+    return first, each, max(stop.seconds, early.seconds), max(stop.peak, early.peak)
 
 
 @contextlib.contextmanager
@@ -566,14 +560,6 @@ def failed_record(folder: Path, moment: int, sender: list[str]) -> bytes:
     return (logs / "failed_uploads" / "old.json.state").read_bytes()
 
 
-def stop_it(process: Process) -> tuple[float, float]:
-    """Seconds from SIGTERM to the end; the peak in MB."""
-    asked = time.perf_counter()
-    process.terminate()
-    peak = process.end(0, -signal.SIGTERM).peak  # the latter before it has a handler
-    return time.perf_counter() - asked, peak
-
-
 # --- The command -------------------------------------------------------------------------------
 
 
@@ -590,8 +576,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the temporary folder goes
     print(f"Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores")
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        measure(Path(folder), options)
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        measure(Path(name), options)
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
