@@ -21,7 +21,7 @@ row in the same round: the median of the rounds, the lowest and the highest behi
 fields and come from a fixed seed; all files lie in a temporary folder, and are removed. The server is a sink, a thread
 of this process: it reads every byte, answers, then counts the packets. After every run its count must be what was
 written, and every file in processed/; else the exit status is 1. CPU is user plus system time, 1 MB is 10^6 bytes; a
-peak below the bench's own 20 MB does not show. What the platform cannot tell is "nan"; Windows lacks the last two parts.
+peak below the bench's own 20 MB does not show. What a platform cannot tell is "nan"; Windows lacks the last two parts.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ def take_turns(names: Iterable[str], rounds: int, run: Callable[[str], Run]) -> 
 def print_table(title: str, runs: dict[str, list[Run]]) -> None:
     """Each row beside the first."""
     base = next(iter(runs.values()))
-    print(f"\n{title}; median of {len(base)} rounds\n")
+    print(f"\n{title}; rounds: {len(base)}\n")
     print(f"{'':<17}{'CPU':<20}{'throughput':<20}{'peak MB':>8}{'CPU s':>9}{'seconds':>10}")
     for name, own in runs.items():
         cpu_ratio = spread([run.cpu / other.cpu for run, other in zip(own, base)])
