@@ -242,6 +242,7 @@ class Disk:
             error = PermissionError(13, "Permission denied", paths[0]) if self.points % 2 else OSError(5, "I/O error")
         if error:
             self.refusals += 1
+            self.undo = None if call == "fsync" else self.undo  # a power cut after that is nobody's fault
             self.life.on_refusal(call, paths)
             raise error
 
@@ -941,7 +942,7 @@ class Life:
     def go_on(self) -> None:
         if not self.rested_at:
             self.producer.drop(self.producer.new(healthy=True))
-            self.at(self.now + max(self.interval * 0.7, self.timeout * 3), self.go_on)
+            self.at(self.now + self.interval * 0.7, self.go_on)
 
     # -------- the host and its person
 
@@ -1130,9 +1131,12 @@ class Life:
             if waits > 2 and capture.count and capture.valid and capture.disturbed != self.starts:
                 raise Wrong(f"{capture} is ready, and waits while {waits} failed files have their turns")
 
-    def unfinished(self) -> str:
-        """What is still to come, or nothing."""
+    def unfinished(self, newest: bool = True) -> str:
+        """What is still to come, or nothing; perhaps without the newest files, for there are always some."""
         for path, capture in self.disk.where.items():
+            age = self.now + 1_700_000_000 - capture.mtime / 1e9
+            if not newest and capture.name.startswith("now_") and age < 2 * self.interval + 4 * self.timeout:
+                continue
             missing = [number for number in capture.numbers if not self.server.times[number]] if capture.valid else []
             if set(missing) - self.for_good:
                 return f"{capture}: packets {[number - capture.first for number in missing]} are not delivered"
@@ -1143,7 +1147,7 @@ class Life:
                 return f"{capture} has no record"  # the disk was full; it is written in its turn
             if missing and len(missing) < capture.count and record.get("refused") != numbers:
                 return f"{capture}: {numbers} are missing, listed are {record.get('refused')}"
-        left = [name for name in os.listdir(self.root / PENDING) if not name.endswith(READY)]
+        left = [n for n in os.listdir(self.root / PENDING) if not n.endswith(READY) and (newest or n[:4] != "now_")]
         failed = set(os.listdir(self.root / FAILED))
         left += [name for name in failed if name.endswith(STATE) and not failed & {name[:-6], name[:-6] + TAKEN}]
         return f"left over: {sorted(left)}" if left else ""
@@ -1151,16 +1155,16 @@ class Life:
     def look_for_rest(self) -> None:
         """After the healing: is it at rest, and does it stay so for more than a sweep? In bounded time and requests."""
         look = (self.requests, self.disk.points)
-        if look == self.last_look and not self.rested_at and self.now < self.healed_at + self.patience:
+        if look == self.last_look and self.now < (self.rested_at or self.healed_at + self.patience):
             return
         self.last_look = look
-        left = "" if self.rested_at else self.unfinished()
-        if left and self.now > self.healed_at + self.patience:
+        left = self.unfinished(newest=self.rested_at > 0)
+        if left and self.now > max(self.rested_at, self.healed_at) + self.patience:
             raise Wrong(f"no rest {self.now - self.healed_at:.0f} s after all has healed: {left}")
         if not left and not self.rested_at:
             self.tell("at rest")
             self.rested_at = self.now
-        if self.rested_at and self.now > self.rested_at + 1.2 * min(self.interval, 60):
+        if self.rested_at and not left and self.now > self.rested_at + 1.2 * min(self.interval, 60):
             self.over = True
             self.stop()
 
