@@ -942,7 +942,7 @@ class Life:
     def go_on(self) -> None:
         if not self.rested_at:
             self.producer.drop(self.producer.new(healthy=True))
-            self.at(self.now + self.interval * 0.7, self.go_on)
+            self.at(self.now + self.interval * self.rng.uniform(0.5, 1.5), self.go_on)
 
     # -------- the host and its person
 
@@ -977,22 +977,26 @@ class Life:
         capture.mtime = self.put(path, capture.text)
         capture.disturb(self.starts, "(d)")
 
-    def interfere(self) -> None:
+    def interfere(self, what: str = "") -> None:
         """A person touches or repairs a file, edits or removes its record, or moves both."""
         found = sorted(path for path in self.disk.where if path.endswith(TAKEN) or f"{os.sep}{FAILED}{os.sep}" in path)
         if not found or self.healed_at:
             return
         path = self.rng.choice(found)
         capture, name = self.disk.where[path], path[: -len(TAKEN)] if path.endswith(TAKEN) else path
-        state, what = Path(name + STATE), self.rng.choice(("touch", "repair", "forget", "damage", "move"))
-        if what == "move":  # mv pending_upload/* failed_uploads/
+        state, what = Path(name + STATE), what or self.rng.choice(("touch", "repair", "forget", "damage"))
+        if what == "move":
             target = self.root / FAILED / Path(path).name
-            if path.endswith(TAKEN) and not self.watching and not (target.exists() or target.with_suffix("").exists()):
+            if path.endswith(TAKEN) and not (target.exists() or target.with_suffix("").exists()):
                 os.rename(path, target)
                 self.disk.where[str(target)] = self.disk.where.pop(path)
                 if state.exists():
                     os.replace(state, target.parent / state.name)
                 self.tell(f"a person moves {capture} and its record to {FAILED}/", capture)
+                if self.producer.has("same names"):
+                    again = self.producer.new()
+                    again.name = capture.name
+                    self.producer.drop(again)
             return
         if what in ("touch", "repair"):
             grown, capture.grown = capture.grown, capture.grown if what == "repair" else None
@@ -1261,6 +1265,8 @@ class Life:
         """The host starts it again, perhaps with other settings."""
         started = self.now > self.born
         self.pass_time(self.rng.choice((0.1, 1, 30)) if started else 30)
+        if self.producer.has("person"):  # mv pending_upload/* failed_uploads/
+            self.interfere("move")
         if "resizing" in self.features and not self.healed_at and self.rng.random() < 0.6:
             before, self.batch_size = self.batch_size, self.rng.choice((1, 2, 3, 4, 5, 8))
             if before != self.batch_size:
@@ -1277,7 +1283,7 @@ class Life:
             meant = {path: capture for path, capture in self.disk.where.items() if Path(path).parent.name == folder}
             found = {str(path) for path in (self.root / folder).iterdir() if path.suffix not in (READY, ".tmp")}
             records = {path.replace(TAKEN, "") + STATE for path in meant} if folder == FAILED else set()
-            records -= {path + STATE for path, capture in meant.items() if not capture.valid and capture.disturbed >= 0}
+            records -= {path + STATE for path, capture in meant.items() if capture.disturbed >= 0}
             old = {path for path in found if path.endswith(".json") and Path(path).read_bytes().startswith(b"older")}
             older_record = {path + STATE for path in old}
             known = {path + STATE for path in meant}  # a person has taken one away; the next sweep makes it again
