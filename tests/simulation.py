@@ -35,7 +35,7 @@ import time
 import traceback
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, tzinfo
 from pathlib import Path
@@ -1344,15 +1344,19 @@ def tell_story(life: Life, wrong: str) -> list[str]:
     return [*(line[:160] for line in lines), f"WRONG: {wrong}" if wrong else "All is well."]
 
 
-def play_some(job: tuple[str, range]) -> list[tuple[int, str]]:
+def play_some(job: tuple[Path, Sequence[int]]) -> list[tuple[int, str]]:
     """For another process: the lives that went wrong."""
-    code = compiled(Path(job[0]))
-    found = []
-    for seed in job[1]:
-        wrong = play(seed, code)[1]
-        if wrong:
-            found.append((seed, wrong))
-    return found
+    code = compiled(job[0])
+    played = ((seed, play(seed, code)[1]) for seed in job[1])
+    return [(seed, wrong) for seed, wrong in played if wrong]
+
+
+def play_all(sender: Path, seeds: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+    """Play these lives on two processes. Gives, some at a time and in order, how many, and those that went wrong."""
+    jobs = [(sender, seeds[at : at + 20]) for at in range(0, len(seeds), 20)]
+    with multiprocessing.Pool(2) as pool:
+        for job, found in zip(jobs, pool.imap(play_some, jobs)):
+            yield len(job[1]), found
 
 
 def main() -> int:
@@ -1369,15 +1373,13 @@ def main() -> int:
         print("\n".join(tell_story(life, wrong)))
         return int(bool(wrong))
     begin, end = map(int, options.seeds.split(":"))
-    jobs = [(str(options.sender), range(at, min(at + 25, end))) for at in range(begin, end, 25)]
     lives, failures, started = 0, 0, time.monotonic()
-    with multiprocessing.Pool(2) as pool:
-        for number, found in enumerate(pool.imap(play_some, jobs)):
-            lives, failures = lives + len(jobs[number][1]), failures + len(found)
-            for seed, wrong in found:
-                print(f"\rseed {seed}: {wrong}", flush=True)
-            pace = lives / (time.monotonic() - started) * 60
-            print(f"\r{lives:,} lives, {failures:,} went wrong; {pace:,.0f} lives a minute ", end="", file=sys.stderr)
+    for number, found in play_all(options.sender, range(begin, end)):
+        lives, failures = lives + number, failures + len(found)
+        for seed, wrong in found:
+            print(f"\rseed {seed}: {wrong}", flush=True)
+        pace = lives / (time.monotonic() - started) * 60
+        print(f"\r{lives:,} lives, {failures:,} went wrong; {pace:,.0f} lives a minute ", end="", file=sys.stderr)
     print(file=sys.stderr)
     return int(failures > 0)
 
