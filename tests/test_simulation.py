@@ -129,9 +129,9 @@ def test_a_life_that_goes_wrong_says_what_is_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("old", "new"), [row[1:] for row in MUTATIONS], ids=[row[0] for row in MUTATIONS])
+@pytest.mark.parametrize(("name", "old", "new"), MUTATIONS, ids=[row[0] for row in MUTATIONS])
 def test_lives_find_a_mutation(
-    old: str, new: str, tmp_path: Path, all_points: bool, record_property: Callable[[str, object], None]
+    name: str, old: str, new: str, tmp_path: Path, all_points: bool, record_property: Callable[[str, object], None]
 ) -> None:
     sender = mutated(tmp_path, old, new)
     if not all_points:
@@ -140,4 +140,4 @@ def test_lives_find_a_mutation(
     assert found, f"not found within {LIVES} lives"
     seed, what = found[0]
     assert not play(seed, compiled(SENDER))[1], "this life goes wrong without the change, too"
-    record_property(f"lives until {old!r} is missed", f"{seed + 1:,}, {what[:60]}")
+    record_property(f"{name}: lives until it is found", f"{seed + 1:,}, {what}")
