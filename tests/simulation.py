@@ -51,6 +51,7 @@ SENDER = Path(__file__).resolve().parent.parent / "sender.py"
 PENDING, FAILED, PROCESSED = "pending_upload", "failed_uploads", "processed"
 TAKEN, STATE, READY = ".taken", ".state", ".ready"
 WORD, TOKEN, PASSWORD = "pl4intext-of-a-packet", "t0ken-of-the-sensor", "hunter2-of-the-url"  # never in the log
+ODD_NAMES = ('a b "c".json', "new\nline.json", "%s%d.json", "\x1b[31m\udcff.json", "x.json.json")
 ROOM = 1000  # numbers of packets that each capture has for itself
 SCREEN = 50  # lines of a story
 
@@ -161,24 +162,6 @@ class Capture:
 
 
 # ---------------------------------------------------------------- the disk
-
-
-class Entries(Iterator["os.DirEntry[str]"]):
-    """What os.scandir() gives, always in the same order."""
-
-    def __init__(self, entries: Any) -> None:
-        with entries:
-            self._entries = iter(sorted(entries, key=lambda entry: str(entry.name)))
-
-    def __next__(self) -> os.DirEntry[str]:
-        return next(self._entries)
-
-    def __enter__(self) -> Entries:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Written(io.FileIO):
@@ -352,7 +335,10 @@ class Disk:
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
-        real: dict[str, Any] = {"open file": open, **{name: getattr(os, name) for name in ("open", "write")}}
+        real: dict[str, Any] = {
+            "open file": open,
+            **{name: getattr(os, name) for name in ("open", "write", "scandir", "lstat")},
+        }
 
         def traced(call: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def wrapper(path: Any, *arguments: Any, **options: Any) -> Any:
@@ -363,13 +349,14 @@ class Disk:
 
             return wrapper
 
-        def looking(function: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapper(path: Any = ".", **options: Any) -> Any:
-                self.look(path)
-                found = function(path, **options)
-                return Entries(found) if function is real["scandir"] else found
+        def looking(path: Any, **options: Any) -> Any:
+            self.look(path)
+            return real["lstat"](path, **options)
 
-            return wrapper
+        def in_order(path: Any) -> Any:
+            self.look(path)
+            with real["scandir"](path) as entries:
+                return contextlib.nullcontext(sorted(entries, key=lambda entry: str(entry.name)))
 
         def opening(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
             if not self.mine(path):
@@ -395,12 +382,9 @@ class Disk:
             step = functools.partial(real["write"], fd)
             return self.write(self.files[fd], data, step) if self.at_work and fd in self.files else step(data)
 
-        real["scandir"] = os.scandir
         hooks: dict[str, Any] = {name: traced(name, getattr(os, name)) for name in ("unlink", "mkdir", "utime", "link")}
         hooks.update(remove=hooks["unlink"], rename=traced("rename", os.rename), replace=traced("rename", os.replace))
-        hooks.update(
-            lstat=looking(os.lstat), scandir=looking(os.scandir), fsync=self.fsync, write=writing, open=opening
-        )
+        hooks.update(lstat=looking, scandir=in_order, fsync=self.fsync, write=writing, open=opening)
         hooks.update(register_at_fork=lambda **_: None)  # it would keep each module for ever
         with mock.patch.multiple(os, **hooks), mock.patch("builtins.open", opening_file):
             yield
@@ -458,7 +442,9 @@ def error_for(reply: str) -> requests.RequestException:
     if reply == "refused":
         new = NewConnectionError(pool, "Failed to establish a new connection: [Errno 111] Connection refused")
         new.__cause__ = ConnectionRefusedError(111, "Connection refused")
-        return requests.ConnectionError(MaxRetryError(pool, "/ingest", new))
+        never = MaxRetryError(pool, "/ingest", new)
+        never.__cause__ = new
+        return requests.ConnectionError(never)
     if reply == "unreachable":
         slow = ConnectTimeoutError(pool, "Connection to server.test timed out")
         return requests.exceptions.ConnectTimeout(MaxRetryError(pool, "/ingest", slow))
@@ -623,9 +609,7 @@ class Producer:
         number = self.rng.randint(0, 99) if self.has("disorder") else 100 + len(self.names)
         name = f"cap_{number:03}.json"
         if self.has("odd names"):
-            name = self.rng.choice(
-                ('a b "c".json', "new\nline.json", "%s%d.json", "\x1b[31m\udcff.json", "x.json.json")
-            )
+            name = self.rng.choice(ODD_NAMES)
         if self.names and self.has("same names"):
             name = self.rng.choice(self.names)
         self.names.append(name)
@@ -644,16 +628,9 @@ class Producer:
         return (begin + gap.join(packets) + end).encode()
 
     def spoil(self, text: bytes) -> bytes:
+        some = text[: len(text) * 2 // 3]
         return self.rng.choice(
-            (
-                text[: len(text) * 2 // 3],
-                text[:-3] + b"\0" * 9,
-                text + b"]",
-                text.replace(b"]", b", 7]"),
-                b"",
-                b"{}",
-                b"\xff[]",
-            )
+            (some, text[:-3] + b"\0" * 9, text + b"]", text.replace(b"]", b", 7]"), b"", b"{}", b"\xff[]")
         )
 
     def new(self, healthy: bool = False) -> Capture:
@@ -689,22 +666,17 @@ class Producer:
 
     def plan(self, begin: float, span: float) -> None:
         for _ in range(self.rng.randint(1, 7)):
-            when, capture, early = begin + self.rng.uniform(0, span), self.new(), 0.0
+            when, capture = begin + self.rng.uniform(0, span), self.new()
             late = self.rng.choice((0.0, 3.0, 70.0)) if self.has("markers") else 0.0
-            if (
-                self.has("markers", 0.3)
-                and self.names.count(capture.name) == 1
-                and "same names" not in self.life.features
-            ):
-                early = 2.0
-                self.life.at(when - early, (self.folder / (capture.name + READY)).touch)
+            alone = self.names.count(capture.name) == 1 and "same names" not in self.life.features
+            if self.has("markers", 0.3) and alone:
+                self.life.at(when - 2, (self.folder / (capture.name + READY)).touch)
             self.life.at(when, functools.partial(self.drop, capture, late == 0))
             if late:
                 self.life.at(when + late, functools.partial(self.mark, capture))
             if capture.grown and (capture.valid or self.has("growing")):
-                self.life.at(
-                    when + late + self.rng.choice((0.0, 0.2, 1.0, 5.0, 30.0)), functools.partial(self.grow, capture)
-                )
+                soon = self.rng.choice((0.0, 0.2, 1.0, 5.0, 30.0))
+                self.life.at(when + late + soon, functools.partial(self.grow, capture))
 
     def drop(self, capture: Capture, mark: bool = True) -> None:
         path = str(self.folder / capture.name)
@@ -890,12 +862,8 @@ class Life:
             folder, blind = rng.choice((PENDING, FAILED, PROCESSED)), rng.random() < 0.3
             what = f"{folder} may not be {'read' if blind else 'written'}"
             self.for_a_while(what, lambda shut: setattr(self.disk, "closed", {folder: blind} if shut else {}))
-        for feature, happen in (
-            ("clock", self.jump),
-            ("person", self.interfere),
-            ("stops", self.stop),
-            ("kills", self.doom),
-        ):
+        moments = {"clock": self.jump, "person": self.interfere, "stops": self.stop, "kills": self.doom}
+        for feature, happen in moments.items():
             for _ in range(rng.randint(1, 3) if has(feature) else 0):
                 self.at(begin + rng.uniform(0, self.span), happen)
 
@@ -1033,8 +1001,7 @@ class Life:
             raise Wrong(f"{capture} is tried, although this sweep has shown that it is the server")
         batch = self.ledger.enter(capture, span)
         self.check_turns()
-        reply, took = self.disk.step("request", lambda: self.exchange(capture, batch), str(self.root / "server"))
-        del took
+        reply = self.disk.step("request", lambda: self.exchange(capture, batch), str(self.root / "server"))
         if reply in (*AWAY, "reset", "timeout", "truncated"):
             self.server.used_at = math.inf  # the next one goes over a connection of its own
         self.ledger.note_answer(capture, batch, reply)
@@ -1046,20 +1013,17 @@ class Life:
         if self.requests - self.asked_until_healed > self.most_requests:
             raise Wrong(f"{self.requests - self.asked_until_healed} requests in {self.now - self.healed_at:.0f} s")
         if reply in (*AWAY, "reset", "timeout"):
-            try:
-                raise error_for(str(reply)).args[0]
-            except Exception:
-                raise error_for(str(reply)) from None
+            raise error_for(str(reply))
         busy = outcome(reply) == "busy" and self.rng.random() < 0.5
         return response_for(reply, batch.end - batch.start, str(self.rng.choice((1, 7, 60, 900))) if busy else "")
 
-    def exchange(self, capture: Capture, batch: Batch) -> tuple[Reply, float]:
+    def exchange(self, capture: Capture, batch: Batch) -> Reply:
         known = batch.stored
         reply, took = self.server.answer(capture, batch, self.timeout)
         note = ", known" if known else ", stored" if batch.stored else ""
         self.tell(f"  {capture} {batch} -> {reply}{note}" + (f", after {took:.1f} s" if took > 1 else ""), capture)
         self.pass_time(took)
-        return reply, took
+        return reply
 
     def identify(self, request: requests.PreparedRequest) -> tuple[Capture, tuple[int, int]]:
         """Which packets of which capture a request holds; their bytes, its key and its token are as they must be."""
