@@ -137,7 +137,7 @@ class Capture:
     texts: list[bytes] = field(default_factory=list)  # what it has been
     batches: dict[tuple[int, int], Batch] = field(default_factory=dict)
     last: Batch | None = None  # the last request's
-    last_round: object = None  # that this request belonged to
+    last_round: tuple[int, object] = (-1, None)  # that this request belonged to: process and sweep
     began: tuple[int, int] = (-1, -1)  # the first request's in this round
     answers: list[str] = field(default_factory=list)  # in this round
     search: tuple[int, int] | None = None  # the suspected batch whose pieces go out
@@ -526,8 +526,7 @@ class Ledger:
                 self.check_repeat(capture, earlier, what)
         this_round = (self.life.starts, self.round(path))
         if this_round != capture.last_round:
-            if isinstance(capture.last_round, tuple) and capture.last_round[0] == self.life.starts:
-                self.check_begin(capture, span, path)
+            self.check_begin(capture, span, path)
             capture.began, capture.answers = span, []
         capture.last, capture.last_round, capture.ready = batch, this_round, None
         return batch
@@ -535,7 +534,13 @@ class Ledger:
     def check_begin(self, capture: Capture, span: tuple[int, int], path: str) -> None:
         """After a round that has shown nothing the next one begins with the same batch (SPEC 5)."""
         last, starts = capture.batches.get(capture.began), self.life.starts
-        odd = not last or last.excuse or capture.doubtful or starts == capture.disturbed
+        odd = (
+            not last
+            or last.excuse
+            or capture.doubtful
+            or starts == capture.disturbed
+            or starts != capture.last_round[0]
+        )
         ended = capture.answers[-1:] in (["fault"], ["rejected"], ["unanswered"]) and "delivered" not in capture.answers
         sent = self.record(path).get("uploaded") == capture.count
         if ended and not (odd or sent) and capture.began[0] == span[0] and capture.began != span:
@@ -544,16 +549,18 @@ class Ledger:
     def round(self, path: str) -> object:
         return self.life.sweeps if f"{os.sep}{FAILED}{os.sep}" in path else PENDING
 
-    def note_search(self, capture: Capture, span: tuple[int, int], this_round: object) -> None:
+    def note_search(self, capture: Capture, span: tuple[int, int], this_round: tuple[int, object]) -> None:
         """A part of the batch that failed just before is a piece of it, and so are the other parts of that."""
 
         def piece_of(outer: tuple[int, int]) -> bool:
             return outer != span and outer[0] <= span[0] and span[1] <= outer[1]
 
-        last = capture.last
+        last, goes_on = capture.last, capture.search and piece_of(capture.search)
+        if goes_on and capture.last_round[0] != this_round[0]:
+            return  # after a restart
         if this_round != capture.last_round or not last:
             capture.search = None
-        elif not (capture.search and piece_of(capture.search)):
+        elif not goes_on:
             failed = (last.start, last.end)
             capture.search = failed if piece_of(failed) and not last.told else None
 
@@ -995,9 +1002,10 @@ class Life:
             raise Wrong("it was asked to stop, and sends one request after the other")
         capture, span = self.identify(request)
         path = self.ledger.path(capture)
+        repeat = capture is self.last_capture and capture.last and span == (capture.last.start, capture.last.end)
         if capture is not self.last_capture:
             self.turns, self.last_capture = self.turns + (FAILED in path), capture
-        if self.ended and FAILED in path:
+        if self.ended and FAILED in path and not repeat:  # at once, on a new connection
             raise Wrong(f"{capture} is tried, although this sweep has shown that it is the server")
         batch = self.ledger.enter(capture, span)
         self.check_turns()
@@ -1007,7 +1015,8 @@ class Life:
         self.ledger.note_answer(capture, batch, reply)
         self.answers.append((capture, outcome(reply)))
         capture.tried = self.sweeps
-        self.ended |= FAILED in path and outcome(reply) in ("away", "busy", "misconfigured")
+        ends = FAILED in path and outcome(reply) in ("away", "busy", "misconfigured")
+        self.ended = ends or (self.ended and not repeat)
         if self.healed_at and self.now > self.healed_at + self.patience / 2:
             self.look_for_rest()  # a bad file that is tried without a pause must not hide it
         if self.requests - self.asked_until_healed > self.most_requests:
@@ -1095,7 +1104,8 @@ class Life:
     def check_turns(self) -> None:
         """No ready file waits while three failed ones have their turns (SPEC 3, 6)."""
         for path, capture in self.disk.where.items() if not self.disk.refusals else ():
-            waits = 0 if capture.ready is None or PENDING not in path else self.turns - capture.ready
+            alone = PENDING in path and path + TAKEN not in self.disk.where
+            waits = 0 if capture.ready is None or not alone else self.turns - capture.ready
             if waits > 2 and capture.count and capture.valid and capture.disturbed != self.starts:
                 raise Wrong(f"{capture} is ready, and waits while {waits} failed files have their turns")
 
@@ -1143,7 +1153,7 @@ class Life:
 
     @property
     def most_requests(self) -> int:
-        return 200 + 2 * sum(capture.count + 10 for capture in self.captures)
+        return 200 + 15 * self.sweeps + 2 * sum(capture.count + 10 for capture in self.captures)
 
     # -------- the whole of it
 
