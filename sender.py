@@ -110,7 +110,10 @@ def _setting(name: str, default: T, allowed: str, valid: Callable[[Any], object]
             if not valid(value):
                 raise ValueError(text)
     except (ValueError, RuntimeError, OSError):  # from a ~ without a home, from a name too long
-        value, shown = default, "***" if name == "API_TOKEN" else re.sub(r"(?s).*@|[?#;].*", "***", text)
+        value, shown = (
+            default,
+            "***" if name == "API_TOKEN" else re.sub(r"(?s).*@|[?#;].*|(?<=[^/]/)[^/]{20,}", "***", text),
+        )
         _bad_settings.append(f"{name}={_printable(shown)} is not allowed: it must be {allowed}")
     _settings[name] = value
     return value
@@ -220,8 +223,10 @@ class Server:
     size: int = sys.maxsize  # packets in the next batch, where BATCH_SIZE allows them
     limit: int = sys.maxsize  # packets in the largest batch that passed, where larger ones did not
     at_limit: int = 0  # batches accepted at this limit
+    pinned_until: float = 0  # a search has found that it was not the server: until then, no batch waits for it
     accepted: int = 0  # batches, in all
-    marks: tuple[int, int] = (0, 0)  # that number when the last two sweeps began
+    mark: int = 0  # that number when the last sweep began
+    turn: int = 1  # the sweep's number
     down_since: Optional[float] = None  # the first trouble after a success
     sweep_when_back: bool = False  # files have failed since the last sweep
     early_sweeps: bool = True  # after one in vain, not before one comes in its time: a bad file must not cost more
@@ -287,7 +292,7 @@ def _rest(path: str, error: Exception, then: str = "it is left alone for now and
     text = f"{_name(path)}: {_reason(error)}; {then}"
     _, pause, told = _resting.get(path, (0, 2.5, ""))
     if text != told:
-        needs_person = isinstance(error, NotRegular) or then.endswith("mended")
+        needs_person = isinstance(error, Untrusted) or then.endswith("mended")
         logger.log(logging.ERROR if needs_person else logging.WARNING, "%s", text)
     pause = min(2 * pause, RETRY_FAILED_INTERVAL)
     _resting[path] = (time.monotonic() + pause, pause, text)
@@ -385,22 +390,24 @@ def _sync_folder(folder: str) -> None:
 # ---------------------------------------------------------------- the spool's files
 
 
-class NotRegular(OSError):
-    """A symlink, FIFO, folder or device stands where a file should."""
+class Untrusted(OSError):
+    """A symlink, FIFO, folder or device stands where a file should, or another user's file where one of ours should."""
 
 
-def _check_regular(path: str, status: os.stat_result) -> None:
+def _check(path: str, status: os.stat_result, ours: bool = False) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise NotRegular(errno.EINVAL, "not a regular file, refused", path)
+        raise Untrusted(errno.EINVAL, "not a regular file, refused", path)
+    if ours and status.st_uid != _UID:
+        raise Untrusted(errno.EPERM, "it belongs to another user", path)
 
 
-def _open_regular(path: str) -> BinaryIO:
+def _open_regular(path: str, ours: bool = False) -> BinaryIO:
     """Open a regular file. Checked before (a device may act on being opened) and after (it may be swapped)."""
-    _check_regular(path, os.lstat(path))
+    _check(path, os.lstat(path), ours)
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _OPEN_FLAGS))  # noqa: SIM115
     with contextlib.ExitStack() as on_error:
         on_error.callback(file.close)
-        _check_regular(path, os.fstat(file.fileno()))
+        _check(path, os.fstat(file.fileno()), ours)
         on_error.pop_all()
     return file
 
@@ -460,8 +467,11 @@ class Record:
     uploaded: int = 0  # packets done with, from the file's beginning
     batch_size: int = field(default_factory=lambda: BATCH_SIZE)  # packets in the batch that goes out behind them
     refused: list[int] = field(default_factory=list)  # packets (counted from 0) that the server refused alone
+    row: int = 0  # the last so many of these were refused in a row: taken back if it shows that it is the server
+    in_a_row: int = IN_A_ROW  # so many refused in a row show that
     rounds: int = 0  # that failed
-    in_a_row: int = IN_A_ROW  # so many packets refused in a row mean that it is not about packets
+    turn: int = 0  # the number of the sweep in, or after, which the last one was: a clock that nobody puts back
+    accepted: int = 0  # batches of any file that the server had accepted when a search was last in vain
     unanswered: int = 0  # attempts, in rounds that ended without an answer to this very batch
     unreadable: bool = False  # no capture: not read again until it changes
     last_error: str = ""
@@ -478,15 +488,15 @@ class Record:
     @classmethod
     def read(cls, path: str) -> "Record":
         """A record from disk. Raises OSError, and one of _DAMAGED for what save() cannot have written."""
-        with _open_regular(path) as file:
-            if os.fstat(file.fileno()).st_uid != _UID:
-                raise ValueError("it belongs to another user")
+        with _open_regular(path, ours=True) as file:
             record, blank = cls(**json.loads(file.read(LONGEST_RECORD))), cls(0, 0)
         if any(type(value) is not type(getattr(blank, name)) for name, value in vars(record).items()):
             raise TypeError("wrong types")
-        sound = 0 <= record.uploaded <= max(record.packets, 0) <= record.size and record.batch_size > 0
-        sound &= max(record.size, record.batch_size, record.rounds, record.in_a_row, record.unanswered) < sys.maxsize
-        if not sound or record.refused != sorted({n for n in record.refused if n in range(record.uploaded)}):
+        done, refused, row = record.uploaded, record.refused, record.row
+        sound = 0 <= row <= done <= max(record.packets, 0) <= record.size and record.batch_size > 0
+        sound &= max(record.size, record.batch_size, record.in_a_row, record.rounds, record.turn) < sys.maxsize
+        sound &= refused == sorted({n for n in refused if type(n) is int and n in range(done)})
+        if not sound or refused[len(refused) - row :] != [*range(done - row, done)]:
             raise ValueError("wrong numbers")
         return record
 
@@ -512,7 +522,7 @@ class Record:
             _rest(path + STATE, error, "the upload goes on, but a crash now would send packets again")
 
 
-_DAMAGED = (NotRegular, ValueError, TypeError, RecursionError)  # what a record can be that is not ours
+_DAMAGED = (Untrusted, ValueError, TypeError, RecursionError)  # what a record can be that is not ours
 
 
 def _load(path: str, data: str) -> Record:
@@ -737,6 +747,7 @@ class Batch(NamedTuple):
     label: str = ""  # "X.json: ", for the log
     progress: str = ""  # " (3,000/20,000 packets)", once this batch is delivered
     suspected: tuple[Outcome, ...] = ()  # outcomes that the caller looks into, and tells of
+    unanswered: bool = False  # an attempt before: the server may have stored it
     searching: bool = False  # a piece of a suspected batch
 
 
@@ -792,6 +803,12 @@ class _Connection:
 
 class _Adapter(requests.adapters.HTTPAdapter):
     """requests' own adapter, with connections and replies of the above kinds."""
+
+    def build_response(self, request: requests.PreparedRequest, raw: Any) -> requests.Response:
+        """Status, headers and stream; requests would look into headers that may be malformed, and raise."""
+        response = requests.Response()
+        response.status_code, response.headers, response.raw = raw.status, raw.headers, raw
+        return response
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
@@ -883,10 +900,13 @@ def _post(batch: Batch) -> tuple[int, Any, str]:
     return response.status_code, response.headers, text.decode(errors="replace")
 
 
+_HTML = re.compile(r"(?i)<(!doctype\s+html|html|head|body|script|meta)\b")
+
+
 def _classify(status: int, text: str) -> Outcome:
     """The one place that knows HTTP's status codes."""
     if 200 <= status < 300:
-        page = text.lstrip("\ufeff \t\r\n").lower().startswith(("<!doctype html", "<html"))
+        page = text.lstrip("\ufeff \t\r\n").startswith("<") and _HTML.search(text)
         return Outcome.MISCONFIGURED if page else Outcome.DELIVERED
     if status in (409, 425, 429, 503):
         return Outcome.BUSY
@@ -977,6 +997,8 @@ def upload_packets(packets: Packets, retry_count: int = 0) -> Answer:
     check_settings()
     batch = _batch(packets)
     answer = _ask(batch) if batch.packets else Answer(Outcome.DELIVERED)
+    if batch.unanswered and answer.outcome in _PERHAPS:  # that is not what became of the batch
+        answer = answer._replace(outcome=Outcome.UNANSWERED)
     suspected = answer.outcome in batch.suspected
     if answer:
         level = logging.DEBUG if batch.searching else logging.INFO
@@ -1002,7 +1024,9 @@ def upload_with_retry(packets: Packets) -> Answer:
         answer = upload_packets(batch, attempt)
         if answer.outcome not in _AGAIN or answer.outcome in batch.suspected or attempt == batch.attempts - 1:
             break
-        delay = max(RETRY_DELAY * 2 ** min(attempt, 20), answer.retry_after)
+        batch = batch._replace(unanswered=batch.unanswered or answer.outcome is Outcome.UNANSWERED)
+        pinned = answer.outcome in _PERHAPS and time.monotonic() < _server.pinned_until
+        delay = max(0 if pinned else RETRY_DELAY * 2 ** min(attempt, 20), answer.retry_after)
         logger.info("%sRetrying in %g seconds...", batch.label, round(delay, 1))
         if not _nap(delay * random.uniform(1, 1.1)):  # noqa: S311
             break
@@ -1030,7 +1054,6 @@ class Round:
     attempts: int
     works: bool = False  # something has been accepted in this round
     in_vain: bool = False  # the search has shown that it is the server
-    row: int = 0  # packets refused since something was accepted
     ends: list[int] = field(default_factory=list)  # of the pieces of the batch that is searched, the nearest last
     searched: int = 0  # packets in that batch
     passed: int = 0  # packets in its largest piece that was accepted
@@ -1039,6 +1062,9 @@ class Round:
 
     def __post_init__(self) -> None:
         self.label, self.on_disk, self.start = f"{_name(self.path)}: ", self._span(), self.record.uploaded
+        if not self.record.rounds:
+            self.record.accepted = _server.accepted
+        self.heard = self.record.accepted != _server.accepted  # from the server, since this file last was in vain
 
     def _span(self) -> tuple[int, int]:
         start = self.record.uploaded
@@ -1067,24 +1093,25 @@ class Round:
                 self._conclude()
             while self.ends and self.ends[-1] <= self.record.uploaded:
                 self.ends.pop()
+        self.record.row = 0
         return Answer(Outcome.REFUSED, self.record.last_error) if self.record.refused else Answer(Outcome.DELIVERED)
 
     def send_refused(self) -> Answer:
         """Send the packets that were refused, each alone and once, under the key that it had."""
-        record = self.record
+        record, row = self.record, 0
         for number in tuple(record.refused):
-            batch = Batch(self.capture.cut(number, number + 1), 1, 1, self.label, "", _PERHAPS, True)
+            batch = Batch(self.capture.cut(number, number + 1), 1, 1, self.label, "", _PERHAPS, searching=True)
             answer = upload_with_retry(batch) if not _stopping else Answer(Outcome.STOPPED)
             if answer:
-                self.row = 0
+                self.heard = True
                 record.refused.remove(number)
                 record.save(self.path)
             elif answer.outcome not in _PERHAPS:
                 return answer
             else:
-                self.row, record.last_error = self.row + 1, answer.reason
-                if self.row >= IN_A_ROW and _server.accepted == _server.marks[0]:
-                    break  # it is the server: it has accepted nothing for longer than a sweep
+                row, record.last_error, record.accepted = row + 1, answer.reason, _server.accepted
+                if row >= IN_A_ROW and not self.heard:
+                    break  # it is the server
         return Answer(Outcome.REFUSED, record.last_error) if record.refused else Answer(Outcome.DELIVERED)
 
     def _next_batch(self) -> Batch:
@@ -1100,8 +1127,8 @@ class Round:
         # One without an answer goes through as many attempts as a round has, and then one more, before it is suspected:
         # the server may have stored it, and one that knows keys can then say so.
         suspected = () if self.in_vain else _PERHAPS if self.ends or record.unanswered >= MAX_RETRIES else _PERHAPS[:2]
-        body = self.capture.cut(start, end)
-        return Batch(body, end - start, self.attempts, self.label, progress, suspected, bool(self.ends))
+        body, unanswered = self.capture.cut(start, end), record.unanswered > 0
+        return Batch(body, end - start, self.attempts, self.label, progress, suspected, unanswered, bool(self.ends))
 
     def _size_next(self) -> None:
         """The first batch of a round keeps its size, whatever BATCH_SIZE is: it may be on the wire, unanswered."""
@@ -1110,8 +1137,8 @@ class Round:
         self.record.batch_size = 1 if self.ends and not self.works else piece if first else min(piece, BATCH_SIZE)
 
     def _accepted(self, packets: int) -> None:
-        self.works, self.row, self.passed = True, 0, max(self.passed, packets)
-        self.record.uploaded, self.record.unanswered = self.record.uploaded + packets, 0
+        self.works, self.heard, self.passed = True, True, max(self.passed, packets)
+        self.record.uploaded, self.record.row, self.record.unanswered = self.record.uploaded + packets, 0, 0
         if not self.ends:
             _server.learn(packets)
             self.size = _server.size
@@ -1130,21 +1157,19 @@ class Round:
         if not self.ends:  # a batch of this packet alone
             self.ends, self.refused = [record.uploaded + 1], len(record.refused)
         record.refused.append(record.uploaded)
-        record.uploaded, record.last_error = record.uploaded + 1, answer.reason
-        self.row += 1
-        if self.row < record.in_a_row and len(record.refused) < record.packets:
+        record.uploaded, record.row, record.last_error = record.uploaded + 1, record.row + 1, answer.reason
+        if record.row < (record.in_a_row if self.heard else IN_A_ROW) and len(record.refused) < record.packets:
             return False
-        record.uploaded -= self.row
-        del record.refused[-self.row :]
-        if _server.accepted > _server.marks[0]:  # but other things meanwhile: no run of bad packets blocks its file
-            record.in_a_row += IN_A_ROW
-        self.in_vain, self.row, self.ends = True, 0, []
+        record.uploaded -= record.row
+        del record.refused[-record.row :]
+        record.in_a_row += IN_A_ROW if self.heard else 0  # so no run of bad packets blocks its file for ever
+        record.row, record.accepted, self.in_vain, self.ends = 0, _server.accepted, True, []
         self._size_next()
         return answer.outcome is Outcome.REJECTED or self.attempts == 1
 
     def _conclude(self) -> None:
         """Say what the search has found."""
-        self.record.unanswered = 0
+        self.record.unanswered, _server.pinned_until = 0, time.monotonic() + RETRY_FAILED_INTERVAL
         if refused := self.record.refused[self.refused :]:
             what = f"the server refuses {_packets(refused)} alone, the others are delivered: {self.record.last_error}"
             logger.error("%s%s", self.label, what)
@@ -1192,7 +1217,8 @@ def _round(path: str, data: str, attempts: int, fresh: bool = False) -> Answer:
     if record.sent and not record.refused:
         answer = Answer(Outcome.DELIVERED)
     elif record.rounds and not fresh and os.path.dirname(path) != str(FAILED_DIR):
-        answer = Answer(Outcome.UNREADABLE if record.unreadable else Outcome.FAULT, record.last_error)
+        left = Outcome.REFUSED if record.sent else Outcome.FAULT
+        answer = Answer(Outcome.UNREADABLE if record.unreadable else left, record.last_error)
     else:
         size = min(_server.size, BATCH_SIZE) if fresh and record.packets < 0 else record.batch_size
         answer = _upload(path, data, record, size, attempts)
@@ -1200,6 +1226,7 @@ def _round(path: str, data: str, attempts: int, fresh: bool = False) -> Answer:
             return answer
         if not answer:
             record.rounds, record.last_error = record.rounds + 1, answer.reason
+            record.turn = _server.turn
             record.unanswered += attempts if answer.outcome is Outcome.UNANSWERED else 0
             record.time = datetime.now(timezone.utc).isoformat()
     try:
@@ -1260,8 +1287,8 @@ def _take(path: str) -> Optional[bool]:
     marker, fresh = path + READY, not _exists(path + TAKEN)
     if fresh:
         try:
-            _check_regular(marker, os.lstat(marker))
-            _check_regular(path, os.lstat(path))
+            _check(marker, os.lstat(marker))
+            _check(path, os.lstat(path))
         except FileNotFoundError:
             return None
         _move(path, path + TAKEN)  # durable before the marker goes: X.json without a marker would wait for ever
@@ -1283,7 +1310,7 @@ def process_json_file(json_path: AnyPath) -> bool:
         answer = None if fresh is None else _round(path, path + TAKEN, MAX_RETRIES, fresh)
         _resting.pop(path, None)
         return bool(answer)
-    except OSError as error:
+    except Exception as error:
         _rest(path, error)
         return False
 
@@ -1372,14 +1399,13 @@ def _remove_orphans(folder: Path, names: set[str]) -> None:
                 _forget(os.path.join(folder, base))
 
 
-def _due() -> list[str]:
-    """The failed files to try, least recently tried first. Raises OSError.
+def _due(with_refused: bool) -> list[tuple[bool, int, str]]:
+    """The failed files to try, least recently tried first: whether only refused packets are left, turn, name.
 
-    Not one that is no capture and has not changed since; at times, and last, those with only refused packets left.
+    Not one that is no capture and has not changed; those with only refused packets where asked for, and last.
+    Raises OSError.
     """
-    due, now, names = [], time.monotonic(), _names(FAILED_DIR)
-    with_refused = now >= _server.next_refused
-    _server.next_refused = now + REFUSED_INTERVAL if with_refused else _server.next_refused
+    due, names = [], _names(FAILED_DIR)
     _remove_orphans(FAILED_DIR, names)
     for name in _failed_names(names):
         path = os.path.join(FAILED_DIR, name)
@@ -1389,12 +1415,13 @@ def _due() -> list[str]:
             record = _load(path, path + TAKEN if name + TAKEN in names else path)
             only_refused = record.sent and bool(record.refused)
             if not record.unreadable and (with_refused or not only_refused):
-                due.append((only_refused, record.time, name))
+                due.append((only_refused, record.turn, name))
+            _server.turn = max(_server.turn, record.turn + 1)
         except FileNotFoundError:
             pass  # gone since the scan
         except OSError as error:
             _rest(path, error)
-    return [name for *_, name in sorted(due)]
+    return sorted(due)
 
 
 def retry_failed_uploads() -> None:
@@ -1402,51 +1429,59 @@ def retry_failed_uploads() -> None:
     at once when it is away, busy or misconfigured, else after three files while it has accepted nothing at all."""
     check_settings()
     _server.early_sweeps |= _server.next_sweep > 0  # this one comes in its time
-    _server.marks, _server.sweep_when_back = (_server.marks[1], _server.accepted), False
+    _server.mark, _server.sweep_when_back = _server.accepted, False
     _server.next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
-    due: list[str] = []
+    due: list[tuple[bool, int, str]] = []
+    with_refused = time.monotonic() >= _server.next_refused
     with contextlib.suppress(OSError):  # told by _upload_ready()
         _remove_orphans(PENDING_DIR, _names(PENDING_DIR))
     try:
-        due = _due()
+        due = _due(with_refused)
         _resting.pop(str(FAILED_DIR), None)
     except OSError as error:
         _rest(str(FAILED_DIR), error, "failed uploads are not retried until that is mended")
     if due:
         logger.info("Retrying %d failed uploads...", len(due))
     failed = 0
-    for number, path in enumerate((os.path.join(FAILED_DIR, name) for name in due), 1):
+    while due:
         _upload_ready()
-        if _stopping:
-            break
+        only_refused, _, name = due.pop(0)
+        if _stopping or (only_refused and not _server.next_sweep):  # then a sweep with what has failed meanwhile first
+            return
+        path = os.path.join(FAILED_DIR, name)
         try:
             answer = _round(path, path + TAKEN if _exists(path + TAKEN) else path, 1)
             _resting.pop(path, None)
-        except OSError as error:
+        except Exception as error:
             _rest(path, error)
             continue
         _server.early_sweeps |= bool(answer) or answer.outcome in _ENDS_SWEEP
-        failed += not answer and answer.outcome not in (Outcome.UNREADABLE, Outcome.REFUSED)
-        if answer.outcome in _ENDS_SWEEP or (failed >= 3 and _server.accepted == _server.marks[1]):
+        failed += not answer and answer.outcome is not Outcome.UNREADABLE
+        if answer.outcome in _ENDS_SWEEP or (failed >= 3 and _server.accepted == _server.mark):
             if answer.retry_after:
                 _server.next_sweep = time.monotonic() + answer.retry_after
-            if (left := len(due) - number) and not _stopping:
-                logger.info("The other %s can wait: it is the server's trouble", _count(left, "failed upload"))
-            break
+            if due and not _stopping:
+                logger.info("The other %s can wait: it is the server's trouble", _count(len(due), "failed upload"))
+            return
+    if with_refused:
+        _server.next_refused = time.monotonic() + REFUSED_INTERVAL
 
 
 def _prune_processed() -> None:
     """Delete what was captured more than KEEP_PROCESSED_DAYS ago."""
-    oldest, pruned = time.time() - KEEP_PROCESSED_DAYS * 86400, 0
-    with os.scandir(PROCESSED_DIR) as entries:
-        for entry in entries:
-            try:
-                file = not _stopping and entry.name.endswith(".json") and entry.is_file(follow_symlinks=False)
+    oldest, pruned, path = time.time() - KEEP_PROCESSED_DAYS * 86400, 0, str(PROCESSED_DIR)
+    try:
+        with os.scandir(PROCESSED_DIR) as entries:
+            for entry in entries:
+                path = entry.path
+                file = not _stopping and path.endswith(".json") and entry.is_file(follow_symlinks=False)
                 if file and entry.stat().st_mtime < oldest:
-                    os.unlink(entry.path)
+                    os.unlink(path)
                     pruned += 1
-            except OSError as error:
-                _rest(entry.path, error, "it stays until that is mended")
+    except FileNotFoundError:
+        pass  # it is made again when it is needed
+    except OSError as error:
+        _rest(path, error, "older files stay until that is mended")
     if pruned:
         logger.info("Deleted %s from processed/: older than %g days", _count(pruned, "file"), KEEP_PROCESSED_DAYS)
 
@@ -1711,6 +1746,17 @@ def _run(once: bool) -> int:
     return status[0]
 
 
+def _show_status(as_json: bool) -> int:
+    """Print how things stand; returns the exit status."""
+    logger.setLevel(logging.CRITICAL)  # what is amiss stands in the table
+    try:
+        return 0 if print_status(as_json) else 1
+    except BrokenPipeError:  # the console has gone: --status | head -1
+        with contextlib.suppress(AttributeError, OSError):  # what is still buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
 def main(arguments: Optional[list[str]] = None) -> int:
     """The command line; returns the exit status."""
     shown = {**_settings, "SERVER_URL": _public_url(), "API_TOKEN": "***" if API_TOKEN else ""}
@@ -1725,26 +1771,20 @@ def main(arguments: Optional[list[str]] = None) -> int:
     flag("--status", help="tell how things stand, then exit: 0 if all is well, else 1")
     parser.add_argument("--json", action="store_true", help="with --status: as one JSON object, for monitoring")
     parser.add_argument("--version", action="version", version=f"sender.py {__version__}")
-    options, listener = parser.parse_args(arguments), _show_log()
-    try:
-        for line in _bad_settings:
-            logger.error("%s", line)
-        if _bad_settings:
-            return 2
-        if options.status:
-            logger.setLevel(logging.CRITICAL)  # what is amiss stands in the table
-            return 0 if print_status(options.json) else 1
-        return _run(options.once)
-    except BrokenPipeError:  # the console has gone: --status | head -1
-        with contextlib.suppress(AttributeError, OSError):  # what is still buffered goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    finally:
-        ending = threading.Thread(target=listener.stop, daemon=True)
-        ending.start()
-        ending.join(1)
-        if ending.is_alive():  # the console has stalled, and the interpreter would wait for it
-            os._exit(1)
+    options = parser.parse_args(arguments)
+    if options.json and not options.status:
+        parser.error("--json goes with --status")
+    listener, status = _show_log(), 2
+    for line in _bad_settings:
+        logger.error("%s", line)
+    if not _bad_settings:
+        status = _show_status(options.json) if options.status else _run(options.once)
+    ending = threading.Thread(target=listener.stop, daemon=True)
+    ending.start()
+    ending.join(1)
+    if ending.is_alive():  # the console has stalled, and the interpreter would wait for it
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":
