@@ -110,10 +110,8 @@ def _setting(name: str, default: T, allowed: str, valid: Callable[[Any], object]
             if not valid(value):
                 raise ValueError(text)
     except (ValueError, RuntimeError, OSError):  # from a ~ without a home, from a name too long
-        value, shown = (
-            default,
-            "***" if name == "API_TOKEN" else re.sub(r"(?s).*@|[?#;].*|(?<=[^/]/)[^/]{20,}", "***", text),
-        )
+        value, secret = default, r"(?s).*@|[?#;].*" + (r"|(?<=[^/]/)[^/]{20,}" if name == "SERVER_URL" else "")
+        shown = "***" if name == "API_TOKEN" else re.sub(secret, "***", text)
         _bad_settings.append(f"{name}={_printable(shown)} is not allowed: it must be {allowed}")
     _settings[name] = value
     return value
@@ -226,7 +224,7 @@ class Server:
     pinned_until: float = 0  # a search has found that it was not the server: until then, no batch waits for it
     accepted: int = 0  # batches, in all
     mark: int = 0  # that number when the last sweep began
-    turn: int = 1  # the sweep's number
+    turn: int = 0  # how many rounds have failed, of all files
     down_since: Optional[float] = None  # the first trouble after a success
     sweep_when_back: bool = False  # files have failed since the last sweep
     early_sweeps: bool = True  # after one in vain, not before one comes in its time: a bad file must not cost more
@@ -470,7 +468,7 @@ class Record:
     row: int = 0  # the last so many of these were refused in a row: taken back if it shows that it is the server
     in_a_row: int = IN_A_ROW  # so many refused in a row show that
     rounds: int = 0  # that failed
-    turn: int = 0  # the number of the sweep in, or after, which the last one was: a clock that nobody puts back
+    turn: int = 0  # the last one's number among those of all files: a clock that nobody puts back
     accepted: int = 0  # batches of any file that the server had accepted when a search was last in vain
     unanswered: int = 0  # attempts, in rounds that ended without an answer to this very batch
     unreadable: bool = False  # no capture: not read again until it changes
@@ -1226,7 +1224,7 @@ def _round(path: str, data: str, attempts: int, fresh: bool = False) -> Answer:
             return answer
         if not answer:
             record.rounds, record.last_error = record.rounds + 1, answer.reason
-            record.turn = _server.turn
+            record.turn = _server.turn = _server.turn + 1
             record.unanswered += attempts if answer.outcome is Outcome.UNANSWERED else 0
             record.time = datetime.now(timezone.utc).isoformat()
     try:
@@ -1416,7 +1414,7 @@ def _due(with_refused: bool) -> list[tuple[bool, int, str]]:
             only_refused = record.sent and bool(record.refused)
             if not record.unreadable and (with_refused or not only_refused):
                 due.append((only_refused, record.turn, name))
-            _server.turn = max(_server.turn, record.turn + 1)
+            _server.turn = max(_server.turn, record.turn)
         except FileNotFoundError:
             pass  # gone since the scan
         except OSError as error:
@@ -1471,17 +1469,19 @@ def _prune_processed() -> None:
     """Delete what was captured more than KEEP_PROCESSED_DAYS ago."""
     oldest, pruned, path = time.time() - KEEP_PROCESSED_DAYS * 86400, 0, str(PROCESSED_DIR)
     try:
-        with os.scandir(PROCESSED_DIR) as entries:
-            for entry in entries:
-                path = entry.path
-                file = not _stopping and path.endswith(".json") and entry.is_file(follow_symlinks=False)
-                if file and entry.stat().st_mtime < oldest:
-                    os.unlink(path)
-                    pruned += 1
-    except FileNotFoundError:
-        pass  # it is made again when it is needed
+        entries = os.scandir(path)
     except OSError as error:
-        _rest(path, error, "older files stay until that is mended")
+        _rest(path, error, "nothing is deleted from it until that is mended")
+        return
+    with entries:
+        for entry in entries:
+            try:
+                file = not _stopping and entry.name.endswith(".json") and entry.is_file(follow_symlinks=False)
+                if file and entry.stat().st_mtime < oldest:
+                    os.unlink(entry.path)
+                    pruned += 1
+            except OSError as error:
+                _rest(entry.path, error, "it stays until that is mended")
     if pruned:
         logger.info("Deleted %s from processed/: older than %g days", _count(pruned, "file"), KEEP_PROCESSED_DAYS)
 
