@@ -1430,7 +1430,8 @@ def retry_failed_uploads() -> None:
     _server.mark, _server.sweep_when_back = _server.accepted, False
     _server.next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
     due: list[tuple[bool, int, str]] = []
-    with_refused = time.monotonic() >= _server.next_refused
+    if with_refused := time.monotonic() >= _server.next_refused:
+        _server.next_refused = time.monotonic() + REFUSED_INTERVAL
     with contextlib.suppress(OSError):  # told by _upload_ready()
         _remove_orphans(PENDING_DIR, _names(PENDING_DIR))
     try:
@@ -1444,7 +1445,7 @@ def retry_failed_uploads() -> None:
     while due:
         _upload_ready()
         only_refused, _, name = due.pop(0)
-        if _stopping or (only_refused and not _server.next_sweep):  # then a sweep with what has failed meanwhile first
+        if _stopping or (only_refused and time.monotonic() >= _server.next_sweep):  # what has failed meanwhile first
             return
         path = os.path.join(FAILED_DIR, name)
         try:
@@ -1458,11 +1459,11 @@ def retry_failed_uploads() -> None:
         if answer.outcome in _ENDS_SWEEP or (failed >= 3 and _server.accepted == _server.mark):
             if answer.retry_after:
                 _server.next_sweep = time.monotonic() + answer.retry_after
+            if with_refused:
+                _server.next_refused = 0
             if due and not _stopping:
                 logger.info("The other %s can wait: it is the server's trouble", _count(len(due), "failed upload"))
             return
-    if with_refused:
-        _server.next_refused = time.monotonic() + REFUSED_INTERVAL
 
 
 def _prune_processed() -> None:
