@@ -223,8 +223,7 @@ class Server:
     at_limit: int = 0  # batches accepted at this limit
     pinned_until: float = 0  # a search has found that it was not the server: until then, no batch waits for it
     accepted: int = 0  # batches, in all
-    mark: int = 0  # that number when the last sweep began
-    turn: int = 0  # how many rounds have failed, of all files
+    turn: int = 0  # rounds that have failed, in all; like the one before, it goes on from the records of failed files
     down_since: Optional[float] = None  # the first trouble after a success
     sweep_when_back: bool = False  # files have failed since the last sweep
     early_sweeps: bool = True  # after one in vain, not before one comes in its time: a bad file must not cost more
@@ -492,7 +491,7 @@ class Record:
             raise TypeError("wrong types")
         done, refused, row = record.uploaded, record.refused, record.row
         sound = 0 <= row <= done <= max(record.packets, 0) <= record.size and record.batch_size > 0
-        sound &= max(record.size, record.batch_size, record.in_a_row, record.rounds, record.turn) < sys.maxsize
+        sound &= max(record.size, record.batch_size, record.in_a_row, record.accepted, record.turn) < sys.maxsize
         sound &= refused == sorted({n for n in refused if type(n) is int and n in range(done)})
         if not sound or refused[len(refused) - row :] != [*range(done - row, done)]:
             raise ValueError("wrong numbers")
@@ -1414,7 +1413,7 @@ def _due(with_refused: bool) -> list[tuple[bool, int, str]]:
             only_refused = record.sent and bool(record.refused)
             if not record.unreadable and (with_refused or not only_refused):
                 due.append((only_refused, record.turn, name))
-            _server.turn = max(_server.turn, record.turn)
+            _server.turn, _server.accepted = max(_server.turn, record.turn), max(_server.accepted, record.accepted)
         except FileNotFoundError:
             pass  # gone since the scan
         except OSError as error:
@@ -1427,8 +1426,7 @@ def retry_failed_uploads() -> None:
     at once when it is away, busy or misconfigured, else after three files while it has accepted nothing at all."""
     check_settings()
     _server.early_sweeps |= _server.next_sweep > 0  # this one comes in its time
-    _server.mark, _server.sweep_when_back = _server.accepted, False
-    _server.next_sweep = time.monotonic() + RETRY_FAILED_INTERVAL
+    _server.sweep_when_back, _server.next_sweep = False, time.monotonic() + RETRY_FAILED_INTERVAL
     due: list[tuple[bool, int, str]] = []
     if with_refused := time.monotonic() >= _server.next_refused:
         _server.next_refused = time.monotonic() + REFUSED_INTERVAL
@@ -1441,7 +1439,7 @@ def retry_failed_uploads() -> None:
         _rest(str(FAILED_DIR), error, "failed uploads are not retried until that is mended")
     if due:
         logger.info("Retrying %d failed uploads...", len(due))
-    failed = 0
+    failed, accepted = 0, _server.accepted
     while due:
         _upload_ready()
         only_refused, _, name = due.pop(0)
@@ -1456,7 +1454,7 @@ def retry_failed_uploads() -> None:
             continue
         _server.early_sweeps |= bool(answer) or answer.outcome in _ENDS_SWEEP
         failed += not answer and answer.outcome is not Outcome.UNREADABLE
-        if answer.outcome in _ENDS_SWEEP or (failed >= 3 and _server.accepted == _server.mark):
+        if answer.outcome in _ENDS_SWEEP or (failed >= 3 and _server.accepted == accepted):
             if answer.retry_after:
                 _server.next_sweep = time.monotonic() + answer.retry_after
             if with_refused:
