@@ -221,12 +221,14 @@ def test_each_python_block_of_the_readme_compiles(block: str) -> None:
 
 
 def test_the_readme_has_a_python_block_for_the_producer_that_hands_a_whole_file_over(tmp_path: Path) -> None:
-    """Run as printed, twice within a second: both captures are there, each with its marker."""
+    """Run as printed but for the folder, three calls within a second: all captures are there, each with its marker."""
     block = next(block for block in re.findall(r"(?s)```python\n(.*?)```", readme()) if "hand_over" in block)
     call = "hand_over([{'a': 1}]); hand_over([{'a': 2}])"
-    subprocess.run([sys.executable, "-c", f"{block}\n{call}"], cwd=tmp_path, check=True)
+    assert "/opt/sender/logs" in block
+    script = f"{block}\n{call}".replace("/opt/sender", str(tmp_path))
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     names = sorted(path.name for path in (tmp_path / "logs/pending_upload").iterdir())
-    assert len(names) == 4
+    assert len(names) == 6
     assert [name + ".ready" for name in names[::2]] == names[1::2]
 
 
