@@ -1091,7 +1091,9 @@ class Round:
             while self.ends and self.ends[-1] <= self.record.uploaded:
                 self.ends.pop()
         self.record.row = 0
-        return Answer(Outcome.REFUSED, self.record.last_error) if self.record.refused else Answer(Outcome.DELIVERED)
+        if self.record.refused:  # once more: a lost answer, or a 500 now and then, need not wait an hour
+            self.record.save(self.path)
+        return self.send_refused()
 
     def send_refused(self) -> Answer:
         """Send the packets that were refused, each alone and once, under the key that it had."""
