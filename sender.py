@@ -1444,10 +1444,9 @@ def retry_failed_uploads() -> None:
     failed, accepted = 0, _server.accepted
     while due:
         _upload_ready()
-        only_refused, _, name = due.pop(0)
-        if _stopping or (only_refused and time.monotonic() >= _server.next_sweep):  # what has failed meanwhile first
-            return
-        path = os.path.join(FAILED_DIR, name)
+        if _stopping or (due[0][0] and not _server.next_sweep):  # the server is back: first what has failed meanwhile
+            break
+        path = os.path.join(FAILED_DIR, due.pop(0)[2])
         try:
             answer = _round(path, path + TAKEN if _exists(path + TAKEN) else path, 1)
             _resting.pop(path, None)
@@ -1459,11 +1458,11 @@ def retry_failed_uploads() -> None:
         if answer.outcome in _ENDS_SWEEP or (failed >= 3 and _server.accepted == accepted):
             if answer.retry_after:
                 _server.next_sweep = time.monotonic() + answer.retry_after
-            if with_refused:
-                _server.next_refused = 0
             if due and not _stopping:
                 logger.info("The other %s can wait: it is the server's trouble", _count(len(due), "failed upload"))
-            return
+            break
+    if due and with_refused:
+        _server.next_refused = 0  # at the next sweep: they have not had their turn
 
 
 def _prune_processed() -> None:

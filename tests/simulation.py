@@ -116,6 +116,7 @@ class Batch:
     told: bool = False  # the sender knows that they are
     lied: bool = False  # they are, and it was told of a failure
     lost_in_search: bool = False  # its last answer was lost, and it was a piece of a suspected batch
+    lost_by: int = -1  # the process that lost an answer
     rounds: set[object] = field(default_factory=set)  # in which it went without an answer
     excuse: str = ""  # it may be cut anew, whatever its answers: SPEC's (c) size, (d) person, (e) disk
 
@@ -577,17 +578,21 @@ class Ledger:
         batch.lost_in_search = what == "unanswered" and capture.search is not None
         if what == "unanswered":
             batch.rounds.add(self.round(self.path(capture)))
-        batch.lied = batch.stored and (batch.lied or what in ("fault", "rejected"))
+            batch.lost_by = self.life.starts
+        this_round = self.round(self.path(capture))
+        answered = batch.lost_by != self.life.starts or batch.rounds - {this_round} or capture.search is not None
+        batch.lied = batch.stored and (batch.lied or (what in ("fault", "rejected") and bool(answered)))
         batch.told = what == "delivered"
         capture.answers.append(what)
 
     def end_of_process(self) -> None:
         """From now on the sender knows what the disk tells, and nothing else."""
         for path, capture in self.where.items():
-            told, done = self.told_by_disk(capture), self.record(path).get("uploaded", 0)
+            told, record = self.told_by_disk(capture), self.record(path)
+            done, refused = record.get("uploaded", 0), record.get("refused", ())
             for span, batch in capture.batches.items():
                 batch.told &= capture.disturbed != self.life.starts and (batch is not capture.last or span not in told)
-                if capture.doubtful and (batch.end > done or span in told):
+                if capture.doubtful and (batch.end > done or span in told or batch.start in refused):
                     batch.excuse, batch.told = "(e)", False
             capture.inherited = None
 

@@ -69,13 +69,14 @@ MUTATIONS = [
     ("the size is carried into a taken file", " if fresh and record.packets < 0 else record.batch_size", ""),
     ("BATCH_SIZE cuts a first batch anew", "piece if first else min(piece, BATCH_SIZE)", "min(piece, BATCH_SIZE)"),
     ("a search in vain leaves its size", "        self._size_next()\n        return", "        return"),
-    ("no more are refused in a row each round", "record.in_a_row += IN_A_ROW", "pass"),
+    ("no more are refused in a row each round", "IN_A_ROW if self.heard else 0", "0"),
+    ("an error after a lost answer hides it", "if batch.unanswered and answer", "if False and answer"),
     ("refused packets are dropped", "record.refused.append(record.uploaded)", "pass"),
-    ("refused packets are not tried again", "with_refused = now >= _server.next_refused", "with_refused = False"),
+    ("refused packets are not tried again", "time.monotonic() >= _server.next_refused:", "False:"),
     ("a sweep ends at its first failure", "failed >= 3 and", "failed >= 1 and"),
-    ("a sweep ends although files pass", "(failed >= 3 and _server.accepted == _server.marks[1])", "failed >= 3"),
-    ("a sweep holds up new files", "        _upload_ready()\n        if _stopping", "        if _stopping"),
-    ("the latest failure is tried first", "in sorted(due)]", "in sorted(due, reverse=True)]"),
+    ("a sweep ends although files pass", "(failed >= 3 and _server.accepted == accepted)", "failed >= 3"),
+    ("a sweep holds up new files", "        _upload_ready()\n        only", "        only"),
+    ("the latest failure is tried first", "return sorted(due)", "return sorted(due, reverse=True)"),
 ]
 
 

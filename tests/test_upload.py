@@ -1390,23 +1390,6 @@ def test_a_connection_idle_for_over_a_minute_is_not_used_again(spool: Spool) -> 
         assert [request.connection for request in server.requests] == [0, 0, 1, 1]
 
 
-def test_hundred_files_from_a_process_of_its_own_leave_a_clean_console(spool: Spool, tmp_path: Path) -> None:
-    with IngestApp(tmp_path, keep_alive=0.01) as app:
-        process = spool.start(SERVER_URL=app.url, POLL_INTERVAL=0.01)
-        for number in range(100):
-            spool.drop(f"{number:03}.json", capture(2, start=2 * number))
-            wait_until(lambda number=number: app.requests > number, f"file {number}")  # type: ignore[misc]
-        wait_until(lambda: len(list(spool.processed.iterdir())) == 100, "the last file")
-        process.terminate()
-        process.wait(10)
-    console = spool.console()
-    assert console.count("✓ Successfully uploaded") == 100
-    assert not [line for line in console.splitlines() if " - INFO - " not in line or "Retrying" in line]
-    assert app.stored() == Counter(range(200))
-    with contextlib.suppress(FileNotFoundError):
-        assert not list(spool.failed.iterdir())
-
-
 ODD_NETRCS = {"not UTF-8": b"machine elsewhere login \xfc password x"}
 
 
