@@ -25,6 +25,13 @@ LONG = 600  # seconds: a wait that a test would not survive
 HOUR, DAY = 3600, 86400  # seconds
 
 
+FOLDERS = ("pending_upload", "failed_uploads", "processed")
+
+
+def refuse_poison(request: Request) -> Answer:
+    return reply(422) if any(packet.get("poison") for packet in request.packets) else None
+
+
 def greet(request: Request) -> Answer:
     """The answer to the question of --status whether anybody is there."""
     return reply(200) if request.line.startswith("GET ") else None
@@ -569,6 +576,57 @@ def test_status_tells_of_json_files_without_a_marker(spool: Spool) -> None:
     about(output, "marker")
     assert re.search(r"\b3\b.*marker|marker.*\b3\b", output) or len(set(re.findall(r"orphan\d", output))) == 3, output
     assert not re.search(r"^\s*ready\.json", output, re.MULTILINE), output
+
+
+def test_status_as_json_is_the_table_as_one_object(spool: Spool) -> None:
+    spool.drop("bad.json", [packet(n, poison=n in (3, 5)) for n in range(8)])
+    spool.drop("broken.json", "[")
+    with ScriptedServer(lambda request: refuse_poison(request)) as server:
+        spool.run("--once", SERVER_URL=server.url)
+    spool.drop("ready.json", numbered(1))
+    os.utime(spool.pending / "ready.json", (time.time() - 700,) * 2)
+    run = spool.run("--status", "--json", SERVER_URL="http://127.0.0.1:9/")
+    facts, table = json.loads(run.stdout), status(spool, 1, SERVER_URL="http://127.0.0.1:9/")
+    assert (run.returncode, facts["well"], facts["running"], facts["pid"]) == (1, False, False, "")
+    assert facts["server_trouble"] in table.replace("\n        ", " ")
+    assert {folder: facts[folder]["files"] for folder in FOLDERS} == dict(zip(FOLDERS, (1, 2, 0)))
+    assert (facts["refused_packets"], facts["files_with_refused_packets"]) == (2, 1)
+    bad, broken = sorted(facts["latest_failures"], key=lambda failure: failure["file"])
+    assert (bad["file"], bad["packets"], bad["uploaded"], bad["refused"]) == ("bad.json", 8, 8, [3, 5])
+    assert "2 packets (number 3, 5)" in table
+    assert broken["reason"] in table.replace("\n        ", " ")
+    assert facts["pending_upload"]["oldest"] == facts["pending_upload"]["newest"] >= 700
+    assert re.search(r"pending_upload +1 +0\.1 +0:11:4\d +0:11:4\d", table), table
+    assert all(problem.split("for 0:11")[0] in " ".join(table.split()) for problem in facts["problems"])
+    assert any(problem.startswith("a ready file has waited for 0:11") for problem in facts["problems"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there os.access() knows no access lists")
+def test_status_is_not_well_where_a_ready_file_may_not_be_read(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool.drop("a.json", numbered(1))
+    sender = spool.load(SERVER_URL="http://127.0.0.1:9/")
+    assert "1 ready file may not be read" not in sender._facts()["problems"]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
+    assert "1 ready file may not be read" in sender._facts()["problems"]
+
+
+def test_what_a_new_user_gets_wrong_is_told_once_and_by_status(spool: Spool) -> None:
+    spool.pending.mkdir(parents=True)
+    for name in ("unmarked.json", "marked.jsonl", "marked.jsonl.ready", "fresh.json"):
+        (spool.pending / name).write_text("[]")
+        if name != "fresh.json":
+            os.utime(spool.pending / name, (1, 1))
+    with ScriptedServer(early=greet) as server:
+        spool.start(SERVER_URL=server.url)
+        wait_until(lambda: "is not uploaded" in spool.console(), "the hint")
+        spool.drop("later.json", numbered(1))
+        wait_until(lambda: "later.json processed" in spool.console(), "a later poll")
+        output = status(spool, 1, SERVER_URL=server.url)
+    hint = one(console_lines(spool.console()), "is not uploaded")
+    assert hint.startswith(
+        "WARNING - unmarked.json (and 1 other file) in pending_upload/ is not uploaded: it needs a name"
+    )
+    assert re.findall("No marker: (.*)", output) == ["marked.jsonl", "unmarked.json"]
 
 
 def test_status_of_long_names_reasons_addresses_and_folders_stays_within_80_columns(spool: Spool) -> None:

@@ -208,6 +208,31 @@ def test_it_runs_stops_and_runs_again_in_one_process(spool: Spool) -> None:
     assert server.stored == Counter(range(3))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows knows no fork")
+def test_a_child_that_the_host_forked_does_not_keep_the_lock(spool: Spool) -> None:
+    program = """
+import time
+thread = threading.Thread(target=module.monitor_and_upload)
+thread.start()
+while not module._lock_fds:
+    time.sleep(0.01)
+child = os.fork()
+if not child:
+    time.sleep(60)
+    os._exit(0)
+try:
+    module.stop_sender()
+    thread.join()
+    module.monitor_and_upload(once=True)  # raises where the child still has the lock
+finally:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+    with ScriptedServer(accept) as server:
+        run = host(spool, program, SERVER_URL=server.url)
+    assert run.returncode == 0, run.stderr
+
+
 def test_stop_sender_without_a_loop_is_harmless_before_and_after_one(spool: Spool) -> None:
     with ScriptedServer() as server:
         module = spool.load(SERVER_URL=server.url, BATCH_SIZE=1)

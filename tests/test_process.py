@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -261,6 +263,7 @@ def test_a_stop_signal_in_a_request_keeps_what_that_request_achieved_and_starts_
         threading.Timer(0.3, answering.set).start()  # the signal comes first; either order must do
         assert sender.wait(30) == 0
         assert len(server.requests) == 2
+        assert "Stopping when the current request is finished; once more (Ctrl-C) ends it at once" in spool.console()
         assert (spool.pending / "a.json.taken").read_bytes() == content, spool.tree()
         assert spool.run("--once", SERVER_URL=server.url, BATCH_SIZE=2).returncode == 0
     assert batches(server) in ([[0, 1], [2, 3], [4, 5]], [[0, 1], [2, 3], [2, 3], [4, 5]])
@@ -389,6 +392,21 @@ def test_once_exits_1_when_a_file_is_left(spool: Spool, status: int) -> None:
     assert (spool.failed / "a.json").read_bytes() == content, spool.tree()
 
 
+def test_json_without_status_exits_2_and_starts_nothing(spool: Spool) -> None:
+    run = spool.run("--json")
+    assert (run.returncode, spool.tree()) == (2, {})
+    assert "--json goes with --status" in run.stderr
+
+
+def test_help_shows_each_setting_with_its_value_in_force_and_hides_the_token(spool: Spool) -> None:
+    run = spool.run("--help", API_TOKEN="s3cret-token", BATCH_SIZE=7, SERVER_URL="http://u:pa55word@127.0.0.1/x")
+    shown = dict(
+        line.split(maxsplit=1) for line in run.stdout.partition("settings in force")[2].splitlines()[1:] if line
+    )
+    assert shown.keys() == set(SETTINGS)
+    assert (shown["BATCH_SIZE"], shown["API_TOKEN"], shown["SERVER_URL"]) == ("7", "***", "http://127.0.0.1/x")
+
+
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_print_to_standard_output_and_touch_nothing(spool: Spool, option: str) -> None:
     before = everything_under(spool.folder)
@@ -461,6 +479,41 @@ if sys.platform != "win32":
         assert (spool.failed / "b.json").read_bytes() == b"["
         assert not any("INFO" in path.read_text() for path in spool.logs.rglob("*") if path.is_file())
 
+    @pytest.mark.parametrize(("arguments", "exit_status"), [([], 0), (["--once"], 0), (["--once"], 2)])
+    def test_a_console_that_stalls_stops_neither_an_upload_nor_the_end_nor_changes_its_status(
+        spool: Spool, arguments: list[str], exit_status: int
+    ) -> None:
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(write, b"x")
+        os.set_blocking(write, True)
+        spool.drop("a.json", numbered(3))
+        with ScriptedServer() as server:
+            settings = {"SERVER_URL": server.url, "BATCH_SIZE": 0 if exit_status else 1, "LOG_LEVEL": "DEBUG"}
+            command = [sys.executable, str(spool.sender_py), *arguments]
+            process = subprocess.Popen(command, env=spool.environment(**settings), stderr=write, text=True)
+            spool.processes.append(process)
+            if not exit_status:
+                wait_until((spool.processed / "a.json").exists, "the upload")
+            if not arguments:
+                process.terminate()
+            assert process.wait(30) == exit_status
+        os.close(read)
+        os.close(write)
+
+    def test_lines_that_a_stalled_console_has_no_room_for_are_counted_and_that_is_said_later(spool: Spool) -> None:
+        sender, lines = spool.load(), queue.Queue[logging.LogRecord](2)
+        handler = sender._QueueHandler(lines)
+        for number in range(5):
+            handler.handle(logging.makeLogRecord({"msg": str(number)}))
+        shown = [lines.get().getMessage() for _ in range(2)]
+        handler.handle(logging.makeLogRecord({"msg": "5"}))
+        assert [*shown, *(lines.get().getMessage() for _ in range(2))] == [
+            "0", "1", "the console stalled: 3 lines not shown", "5"
+        ]  # fmt: skip
+
     def test_a_bad_setting_without_any_console_still_exits_2(spool: Spool) -> None:
         command = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, str(spool.sender_py)]
         assert subprocess.run(command, env=spool.environment(BATCH_SIZE=0), timeout=60).returncode == 2
@@ -481,6 +534,7 @@ WRONG: dict[str, list[str]] = {
         "http://\N{LATIN SMALL LETTER U WITH DIAERESIS}" + "x" * 70 + ".example/",
         "http://[::1/ingest",
         "http:///ingest",
+        "http://[fe80::1%25eth0]:8000/ingest",  # a zone: libraries spell it differently
         "127.0.0.1:8000/ingest",
     ],
     "API_TOKEN": ["to\nken", "to\r\nX-Evil: 1"],
@@ -596,13 +650,20 @@ def test_a_bad_value_in_a_dotenv_exits_2_like_one_in_the_environment(spool: Spoo
     assert spool.tree() == {}
 
 
-@pytest.mark.parametrize("kind", ["UTF-16", "a directory", "binary"])
+DOTENVS = {
+    "UTF-16": "BATCH_SIZE=2\n".encode("utf-16"),
+    "UTF-16 behind ASCII": b"BATCH_SIZE=2\n" + "API_TOKEN=x\n".encode("utf-16-le"),  # PowerShell 5: ... >> .env
+    "binary": b"BATCH_SIZE=\xff\xfe\n",
+}
+
+
+@pytest.mark.parametrize("kind", [*DOTENVS, "a directory"])
 def test_a_dotenv_that_cannot_be_read_is_one_clear_line_and_nothing_is_touched(spool: Spool, kind: str) -> None:
     dotenv = spool.folder / ".env"
     if kind == "a directory":
         dotenv.mkdir()
     else:
-        dotenv.write_bytes("BATCH_SIZE=2\n".encode("utf-16") if kind == "UTF-16" else b"BATCH_SIZE=\xff\xfe\n")
+        dotenv.write_bytes(DOTENVS[kind])
     before = everything_under(spool.folder)
     run = spool.run("--once")
     assert run.returncode == 2, run.stderr
@@ -619,7 +680,25 @@ def test_a_dotenv_line_that_is_no_setting_is_told_in_the_form_of_a_log_line(spoo
     assert any(".env" in line for line in console_lines(run.stderr)), run.stderr
 
 
+def test_a_name_in_a_dotenv_that_nearly_is_a_setting_is_a_warning_with_the_right_one(spool: Spool) -> None:
+    (spool.folder / ".env").write_text("SERVER_ULR=http://127.0.0.1:9/\nPATH_TO_MY_SNIFFER=x\n")
+    with ScriptedServer() as server:
+        lines = console_lines(spool.run("--once", SERVER_URL=server.url).stderr)
+    assert [line for line in lines if not line.startswith("INFO")] == [
+        "WARNING - .env: SERVER_ULR is no setting and is ignored; SERVER_URL is"
+    ]
+
+
 # ---------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("value", ["%USERPROFILE%/logs", "C:\temp\new"])  # the latter with a tab and a newline in it
+def test_a_misspelt_windows_folder_is_one_line_that_names_the_setting_and_makes_nothing(
+    spool: Spool, value: str
+) -> None:
+    run = spool.run("--once", LOGS_DIR=value)
+    (line,) = console_lines(run.stderr)
+    assert (run.returncode, "LOGS_DIR=" in line, spool.tree()) == (2, True, {})
 
 
 @pytest.mark.parametrize("where", ["a file", "below a file", "a name too long"])
