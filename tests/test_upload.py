@@ -11,6 +11,8 @@ import json
 import logging
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -300,6 +302,42 @@ def test_an_answer_before_the_body_has_gone_out_is_an_answer(
     with ScriptedServer(early=lambda request: answer_early(reply(status)), tls=context) as server:
         sender = spool.load(SERVER_URL=server.url)
         assert sender.upload_packets(LARGE).outcome is sender.Outcome[outcome]
+
+
+EARLY = """
+def wsgi(environ, start_response):
+    start_response(environ["PATH_INFO"][1:] + " Early", [("Content-Length", "2"), ("Connection", "close")])
+    return [b"{}"]
+
+async def asgi(scope, receive, send):
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": int(scope["path"][1:]), "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gunicorn needs fork, and a socket is handed over")
+@pytest.mark.parametrize("server", ["gunicorn early:wsgi", "gunicorn -k gthread early:wsgi", "hypercorn early:asgi"])
+def test_real_servers_answers_before_the_body_over_tls_are_answers(
+    spool: Spool, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificates.bundle))
+    (spool.folder / "early.py").write_text(EARLY)
+    key = spool.folder / "key.pem"
+    certificates.authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(key))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        number, port = listening.fileno(), listening.getsockname()[1]
+        tls = ["--certfile", str(key), "--keyfile", str(key), "--bind", f"fd://{number}"]
+        command = [sys.executable, "-m", *server.split(), *tls]
+        process = subprocess.Popen(command, cwd=spool.folder, pass_fds=[number], stderr=subprocess.DEVNULL)
+        try:
+            for status, outcome in ((401, "MISCONFIGURED"), (413, "REJECTED"), (429, "BUSY")):
+                sender = spool.load(SERVER_URL=f"https://127.0.0.1:{port}/{status}")
+                assert sender.upload_packets(LARGE).outcome is sender.Outcome[outcome]
+        finally:
+            process.terminate()
+            process.wait(30)
 
 
 def test_success_that_is_answered_before_the_body_has_gone_out_is_no_success(spool: Spool) -> None:
@@ -777,7 +815,7 @@ def test_a_proxys_password_is_sent_to_the_proxy_and_never_logged(
         sender.retry_failed_uploads()
     assert proxy.requests[0].headers["proxy-authorization"] == basic("u", "pr0xy-Secret")
     assert any("Cannot connect" in line for line in said(logging.WARNING))
-    assert any("407" in line for line in said(logging.ERROR))
+    assert any("407" in line and f"check the proxy 127.0.0.1:{proxy.port}" in line for line in said(logging.ERROR))
     assert_no_secret(spool, said(), "pr0xy-Secret", basic("u", "pr0xy-Secret").partition(" ")[2])
 
 
