@@ -135,6 +135,11 @@ class Play:
             self.run()
         return countdown
 
+    def refused(self) -> tuple[int, list[int]]:
+        """How many packets of b.json are done with, and which of them the server refused."""
+        record = json.loads((self.spool.logs / "failed_uploads/b.json.state").read_bytes())
+        return record["uploaded"], record["refused"]
+
     @staticmethod
     def family(path: str) -> str:
         """X of X.json, X.1.json, …: which of two versions of a file gets which name is not promised."""
@@ -160,8 +165,7 @@ class Play:
             if not packet.get("poison")
         ]
         if "failed_uploads/b.json" in expected:
-            record = json.loads((self.spool.logs / "failed_uploads/b.json.state").read_bytes())
-            assert (record["uploaded"], record["refused"]) == (len(B), [4]), record
+            assert self.refused() == (len(B), [4]), self.refused()
         stored, due = Counter(self.server.packets()), Counter(sent)
         assert stored == due, f"lost: {[*(due - stored)]}, twice or never to be stored: {[*(stored - due)]}"
         assert self.server.repeats <= crashes, f"{self.server.repeats} batches were sent twice"

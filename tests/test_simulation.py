@@ -75,7 +75,7 @@ MUTATIONS = [
     ("refused packets are not tried again", "time.monotonic() >= _server.next_refused:", "False:"),
     ("a sweep ends at its first failure", "failed >= 3 and", "failed >= 1 and"),
     ("a sweep ends although files pass", "(failed >= 3 and _server.accepted == accepted)", "failed >= 3"),
-    ("a sweep holds up new files", "        _upload_ready()\n        only", "        only"),
+    ("a sweep holds up new files", "        _upload_ready()\n        if _stopping", "        if _stopping"),
     ("the latest failure is tried first", "return sorted(due)", "return sorted(due, reverse=True)"),
 ]
 
