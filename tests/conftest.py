@@ -26,6 +26,8 @@ from bench import SENDER_SETTINGS
 SENDER = Path(__file__).parent.parent / "sender.py"
 DATA = Path(__file__).parent / "data"
 SETTINGS = sorted(SENDER_SETTINGS)
+Said = Callable[..., list[str]]
+Note = Callable[[str, object], None]
 FAST = {"RETRY_DELAY": "0.01", "POLL_INTERVAL": "0.05"}
 _numbers = itertools.count()
 
@@ -153,7 +155,13 @@ def plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[..., list[str]]:
+def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power cut happens here, and thousands of fsyncs take their time."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Said:
     """What the loaded sender.py has logged so far, from a level upwards: said(logging.WARNING)."""
     caplog.set_level(logging.DEBUG, "sender")
     return lambda level=logging.DEBUG: [
@@ -182,8 +190,8 @@ def all_points(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--all-points"))
 
 
-def numbered(count: int) -> list[dict[str, Any]]:
-    return [packet(number) for number in range(count)]
+def capture(count: int, start: int = 0, **fields: Any) -> list[dict[str, Any]]:
+    return [packet(start + number, **fields) for number in range(count)]
 
 
 def console_lines(console: str) -> list[str]:

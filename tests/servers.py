@@ -21,10 +21,11 @@ from typing import Any, NamedTuple, Union, cast
 
 import trustme
 import uvicorn
-from conftest import wait_until
+from conftest import Spool, wait_until
 from ingest_server import PacketStore
 
 PATIENCE = 10.0  # seconds a misbehaving server goes on: a sender that puts up with it fails its test, and hangs none
+TIMEOUT = 5.0  # seconds of a Clock: the REQUEST_TIMEOUT that load() sets
 
 
 class Clock:
@@ -403,6 +404,24 @@ class IngestApp:
         """How often each packet number was stored."""
         with PacketStore(self._db) as store:
             return Counter(json.loads(packet)["length"] for packet in store.packets())
+
+
+def load(spool: Spool, server: ScriptedServer, **settings: object) -> tuple[Any, Clock]:
+    """The spool's sender.py as a fresh module, which is what a restart is, and its clock."""
+    sender = spool.load(**{"SERVER_URL": server.url, "REQUEST_TIMEOUT": TIMEOUT, "RETRY_DELAY": 1, **settings})
+    return sender, Clock(sender)
+
+
+def play(sender: Any, clock: Clock, *steps: Callable[[], object]) -> None:
+    """Run monitor_and_upload(). Each time it would wait for its next poll, a step is done; in the end it is stopped."""
+    left = iter(steps)
+
+    def turn() -> None:
+        step = next(left, sender.stop_sender)
+        step()
+
+    clock.at_sleep = turn
+    sender.monitor_and_upload()
 
 
 @contextlib.contextmanager

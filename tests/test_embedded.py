@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import DATA, SENDER, Spool, numbered, packet, wait_until
+from conftest import DATA, SENDER, Spool, capture, packet, wait_until
 from servers import Answer, Request, ScriptedServer, reply
 
 LONG = 600  # seconds: a wait that a test would not survive
@@ -152,7 +152,7 @@ threading.Thread(target=module.monitor_and_upload, daemon=True).start()
 while not (module.PROCESSED_DIR / "a.json").exists():
     pass
 """
-    spool.drop("a.json", numbered(1))
+    spool.drop("a.json", capture(1))
     with ScriptedServer() as server:
         run = host(spool, program, SERVER_URL=server.url, POLL_INTERVAL=LONG)
     assert (run.returncode, run.stdout) == (0, "")
@@ -162,11 +162,9 @@ while not (module.PROCESSED_DIR / "a.json").exists():
 # ---------------------------------------------------------------- in a thread of the host
 
 
-def test_in_a_thread_its_records_reach_the_hosts_handlers_and_it_adds_none(
-    spool: Spool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_in_a_thread_its_records_reach_the_hosts_handlers(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    spool.drop("a.json", numbered(3))
+    spool.drop("a.json", capture(3))
     caplog.set_level(logging.INFO)
     with ScriptedServer() as server:
         module = spool.load(SERVER_URL=server.url)
@@ -184,7 +182,7 @@ def test_in_a_thread_its_records_reach_the_hosts_handlers_and_it_adds_none(
 
 
 def test_the_hosts_log_level_decides(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
-    spool.drop("a.json", numbered(3))
+    spool.drop("a.json", capture(3))
     spool.drop("b.json", "[")
     caplog.set_level(logging.ERROR)
     with ScriptedServer() as server:
@@ -237,22 +235,22 @@ def test_stop_sender_without_a_loop_is_harmless_before_and_after_one(spool: Spoo
     with ScriptedServer() as server:
         module = spool.load(SERVER_URL=server.url, BATCH_SIZE=1)
         module.stop_sender()
-        spool.drop("a.json", numbered(2))
+        spool.drop("a.json", capture(2))
         assert module.process_json_file(spool.pending / "a.json")
         with serving(module):
-            spool.drop("b.json", numbered(2))
+            spool.drop("b.json", capture(2))
             wait_until(lambda: (spool.processed / "b.json").exists(), "the loop at work")
-        spool.drop("c.json", numbered(2))
+        spool.drop("c.json", capture(2))
         assert module.process_json_file(spool.pending / "c.json")
         module.stop_sender()
         module.stop_sender()
-        spool.drop("d.json", numbered(2))
+        spool.drop("d.json", capture(2))
         assert module.process_json_file(spool.pending / "d.json")
-        assert module.upload_with_retry(numbered(1))
+        assert module.upload_with_retry(capture(1))
 
 
 def test_stop_sender_while_idle_returns_within_about_a_second(spool: Spool) -> None:
-    spool.drop("a.json", numbered(1))
+    spool.drop("a.json", capture(1))
     with ScriptedServer() as server:
         module = spool.load(SERVER_URL=server.url, POLL_INTERVAL=LONG)
         with serving(module) as thread:
@@ -263,55 +261,7 @@ def test_stop_sender_while_idle_returns_within_about_a_second(spool: Spool) -> N
             assert time.monotonic() - asked < SOON
 
 
-def test_stop_sender_in_a_backoff_returns_within_about_a_second_and_the_next_run_goes_on_from_there(
-    spool: Spool, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    spool.drop("a.json", numbered(4))
-    with ScriptedServer(lambda request: None if request.number == 0 else reply(503)) as server:
-        module = spool.load(SERVER_URL=server.url, BATCH_SIZE=2, RETRY_DELAY=LONG)
-        with serving(module) as thread:
-            wait_until(lambda: "Retrying in" in caplog.text, "the backoff")
-            asked = time.monotonic()
-            module.stop_sender()
-            thread.join(60)
-            assert time.monotonic() - asked < SOON
-        assert (spool.pending / "a.json.taken").exists(), spool.tree()
-        server.script = accept
-        with serving(module):
-            wait_until(lambda: (spool.processed / "a.json").exists(), "the second run")
-    assert [request.numbers for request in server.requests] == [[0, 1], [2, 3], [2, 3]]
-    assert server.requests[1].key == server.requests[2].key
-    assert spool.names() == ["processed/a.json"]
-
-
-def test_stop_sender_in_a_batch_starts_no_other_and_the_next_run_repeats_none_that_was_acknowledged(
-    spool: Spool,
-) -> None:
-    spool.drop("a.json", numbered(6))
-    answering = threading.Event()
-
-    def hold_the_second(request: Request) -> Answer:
-        assert request.number != 1 or answering.wait(60)
-        return None
-
-    with ScriptedServer(hold_the_second) as server:
-        module = spool.load(SERVER_URL=server.url, BATCH_SIZE=2)
-        with serving(module) as thread:
-            wait_until(lambda: len(server.requests) == 2, "the second batch")
-            module.stop_sender()
-            answering.set()
-            thread.join(60)
-        assert len(server.requests) == 2
-        assert (spool.pending / "a.json.taken").exists(), spool.tree()
-        with serving(module):
-            wait_until(lambda: (spool.processed / "a.json").exists(), "the second run")
-    assert [request.numbers for request in server.requests] == [[0, 1], [2, 3], [4, 5]]
-
-
-def test_two_copies_with_folders_of_their_own_serve_side_by_side_and_stop_one_by_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_copies_serve_two_folders_side_by_side(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spools = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -351,7 +301,7 @@ def test_a_second_loop_on_the_same_folder_raises_and_names_the_pid_and_the_first
 
 
 def test_process_json_file_alone_makes_the_folders_it_needs(spool: Spool) -> None:
-    content = spool.drop("a.json", numbered(3))
+    content = spool.drop("a.json", capture(3))
     with ScriptedServer() as server:
         module = spool.load(SERVER_URL=server.url)
         assert module.process_json_file(str(spool.pending / "a.json"))
@@ -360,7 +310,7 @@ def test_process_json_file_alone_makes_the_folders_it_needs(spool: Spool) -> Non
 
 
 def test_process_json_file_alone_is_falsy_for_a_failure_and_keeps_the_file_in_failed_uploads(spool: Spool) -> None:
-    content = spool.drop("a.json", numbered(3))
+    content = spool.drop("a.json", capture(3))
     with ScriptedServer(lambda request: reply(503)) as server:
         module = spool.load(SERVER_URL=server.url, MAX_RETRIES=2)
         assert not module.process_json_file(spool.pending / "a.json")
@@ -369,7 +319,7 @@ def test_process_json_file_alone_is_falsy_for_a_failure_and_keeps_the_file_in_fa
 
 
 def test_process_json_file_alone_leaves_a_file_without_its_marker_and_is_falsy(spool: Spool) -> None:
-    content = spool.drop("a.json", numbered(3))
+    content = spool.drop("a.json", capture(3))
     (spool.pending / "a.json.ready").unlink()
     with ScriptedServer() as server:
         module = spool.load(SERVER_URL=server.url)
@@ -411,24 +361,24 @@ def test_upload_packets_of_no_packets_is_a_success_without_a_request(spool: Spoo
 def test_upload_packets_is_one_post_and_falsy_where_the_server_says_no(spool: Spool, status: int) -> None:
     with ScriptedServer(lambda request: reply(status)) as server:
         module = spool.load(SERVER_URL=server.url)
-        assert not module.upload_packets(numbered(2), retry_count=1)
+        assert not module.upload_packets(capture(2), retry_count=1)
     assert len(server.requests) == 1
 
 
 def test_upload_packets_is_falsy_and_raises_nothing_where_no_server_is(spool: Spool) -> None:
     with ScriptedServer(listening=False) as server:
         module = spool.load(SERVER_URL=server.url)
-        assert not module.upload_packets(numbered(2))
+        assert not module.upload_packets(capture(2))
 
 
 def test_upload_with_retry_takes_a_list_and_tries_it_max_retries_times_under_one_key(spool: Spool) -> None:
     with ScriptedServer(lambda request: reply(503)) as server:
         module = spool.load(SERVER_URL=server.url, MAX_RETRIES=4)
-        assert not module.upload_with_retry(numbered(2))
+        assert not module.upload_with_retry(capture(2))
         assert len(server.requests) == 4
         assert len({request.key for request in server.requests}) == 1
         server.script = lambda request: reply(503) if request.number < 6 else None
-        assert module.upload_with_retry(numbered(2))
+        assert module.upload_with_retry(capture(2))
     assert len(server.requests) == 7
 
 
@@ -470,13 +420,13 @@ def test_a_stop_right_after_the_start_is_heard(spool: Spool) -> None:
 def test_with_a_bad_setting_no_function_touches_a_file_or_sends_one(spool: Spool, setting: dict[str, object]) -> None:
     with ScriptedServer() as server:
         sender = spool.load(**{"SERVER_URL": server.url, **setting})
-        spool.drop("a.json", numbered(3))
+        spool.drop("a.json", capture(3))
         before = spool.tree()
         for call in (
             lambda: sender.process_json_file(spool.pending / "a.json"),
             sender.retry_failed_uploads,
-            lambda: sender.upload_packets(numbered(1)),
-            lambda: sender.upload_with_retry(numbered(1)),
+            lambda: sender.upload_packets(capture(1)),
+            lambda: sender.upload_with_retry(capture(1)),
             sender.monitor_and_upload,
         ):
             with pytest.raises(ValueError, match=next(iter(setting))):

@@ -307,7 +307,7 @@ def told_once(daemon: Daemon, *words: str) -> bool:
     return bool(told) and len(files) == len(set(files))
 
 
-def test_without_permission_for_processed_every_batch_is_sent_once_and_only_the_moves_are_tried_again(
+def test_without_permission_for_processed_only_the_moves_are_tried_again(
     stage: Stage,
 ) -> None:
     play = stage("plain", "play")
@@ -344,9 +344,7 @@ def test_what_cannot_be_taken_out_of_a_read_only_folder_is_not_sent_at_all_until
 
 
 @pytest.mark.parametrize("scenario", ["plain", "deliveries", "refusals"])
-def test_a_full_disk_stops_no_upload_and_once_there_is_room_everything_is_in_its_place(
-    scenario: str, stage: Stage
-) -> None:
+def test_a_full_disk_stops_no_upload_and_all_is_in_its_place_in_the_end(scenario: str, stage: Stage) -> None:
     play = stage(scenario, "play")
     disk = Trouble(
         errno.ENOSPC, lambda o: o.call in ("create", "write", "mkdir", "fsync", "truncate") and o.path not in AT_START
@@ -390,7 +388,7 @@ def broken_records(record: dict[str, Any]) -> Iterator[bytes]:
 
 
 def test_a_broken_record_is_told_once_and_costs_repeats_but_no_packet(
-    spool: Spool, tmp_path: Path, said: Callable[..., list[str]], record_property: Callable[[str, object], None]
+    spool: Spool, tmp_path: Path, said: Said, record_property: Callable[[str, object], None]
 ) -> None:
     with MoodyServer(tmp_path / "ingest.sqlite3") as server:
         packets = [packet(number) for number in range(5)]

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import DATA, SENDER, SETTINGS, Spool, console_lines, numbered, packet, wait_until
+from conftest import DATA, SENDER, SETTINGS, Spool, capture, console_lines, packet, wait_until
 from ingest_server import split_packets
 from servers import Answer, Clock, Request, ScriptedServer, reply
 
@@ -32,7 +32,7 @@ def greet(request: Request) -> Answer:
 
 def life_of_files(spool: Spool, module: ModuleType, server: ScriptedServer) -> None:
     """All the steps a file can take: batches, a name twice, bad JSON, a failure and its sweep, a refused packet."""
-    first = spool.drop("a.json", numbered(5))
+    first = spool.drop("a.json", capture(5))
     assert module.process_json_file(spool.pending / "a.json")
     second = spool.drop("a.json", [packet(9)])
     assert module.process_json_file(spool.pending / "a.json")
@@ -163,7 +163,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         return process
 
     @pytest.mark.usefixtures("windows")
-    def test_on_windows_files_live_their_whole_lives_with_nothing_open_renamed_and_no_folder_synced(
+    def test_on_windows_nothing_open_is_renamed_and_no_folder_synced(
         spool: Spool,
     ) -> None:
         with ScriptedServer() as server:
@@ -230,7 +230,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     def test_on_windows_a_file_that_a_virus_scanner_holds_for_a_moment_rests_and_is_delivered_once(
         spool: Spool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        spool.drop("a.json", numbered(5))
+        spool.drop("a.json", capture(5))
         with ScriptedServer() as server:
             module = spool.load(SERVER_URL=server.url, BATCH_SIZE=2)
             clock, scanner = Clock(module), Scanner(monkeypatch, patience=2)
@@ -245,10 +245,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         assert {record.levelname for record in caplog.records} <= {"INFO", "WARNING"}, "it heals by itself"
 
     @pytest.mark.usefixtures("windows")
-    def test_on_windows_a_last_move_that_is_refused_is_made_later_without_a_second_upload(
-        spool: Spool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        spool.drop("a.json", numbered(3))
+    def test_on_windows_a_refused_last_move_is_made_later(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+        spool.drop("a.json", capture(3))
         with ScriptedServer() as server:
             module = spool.load(SERVER_URL=server.url)
             Clock(module)

@@ -199,9 +199,7 @@ def test_a_block_may_end_at_any_byte(readers: list[ModuleType]) -> None:
 
 @pytest.mark.parametrize("value", [b"1", b"[1]"], ids=["flat", "with an array"])
 @pytest.mark.parametrize("gap", [b",", b", ", b" ,\r\n  "], ids=repr)
-def test_the_gap_between_two_packets_may_lie_on_the_edge_of_a_block(
-    readers: list[ModuleType], gap: bytes, value: bytes
-) -> None:
+def test_the_gap_between_packets_may_lie_on_a_blocks_edge(readers: list[ModuleType], gap: bytes, value: bytes) -> None:
     """Packets and gaps of 1 KiB together: at one of these offsets each edge of a block meets the same byte of a gap."""
     padding = b"x" * (1024 - len(gap) - len(b'{"t": "", "u": }') - len(value))
     one = b'{"t": "%s", "u": %s}' % (padding, value)
@@ -256,9 +254,7 @@ def test_one_odd_packet_among_many_is_cut_where_it_ends(readers: list[ModuleType
     assert assert_agrees_with_json(readers, content, size, NORMAL)
 
 
-def test_the_sniffers_own_layout_is_not_walked_packet_by_packet(
-    readers: list[ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sniffers_layout_is_not_walked(readers: list[ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the comparisons of the two readers in this file would compare the walk with itself."""
     decoded: list[int] = []
     decode = json.JSONDecoder.raw_decode
@@ -399,9 +395,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize(("before", "bad"), BAD_FILES.values(), ids=BAD_FILES)
-def test_what_is_no_array_of_objects_is_refused_with_reason_and_place(
-    reader: ModuleType, before: bytes, bad: bytes
-) -> None:
+def test_no_array_of_objects_is_refused_with_reason_and_place(reader: ModuleType, before: bytes, bad: bytes) -> None:
     befores = {before, before.replace(b"[{", b"[" + flat(12) + b", {")}  # short, and with many packets before the fault
     for start, block in itertools.product(befores, (5, 64, 600, NORMAL)):
         assert strictly(start + bad) is None
@@ -469,9 +463,7 @@ TELLING = [b"", *(bytes([byte]) for byte in b"\0\t \"\\,:{}[]5-'\xc3\xff")]
 
 
 @pytest.mark.parametrize("replacement", TELLING, ids=repr)
-def test_a_file_with_any_byte_replaced_is_judged_as_json_judges_it(
-    readers: list[ModuleType], replacement: bytes
-) -> None:
+def test_any_byte_replaced_is_judged_as_json_judges_it(readers: list[ModuleType], replacement: bytes) -> None:
     for at in range(len(SMALL)):
         assert_agrees_with_json(readers, SMALL[:at] + replacement + SMALL[at + 1 :], 2, 24)
 
@@ -632,7 +624,7 @@ SAMPLES = [FLAT, SMALL, FLAT[:-1] + b", " + SMALL[1:], json.dumps([packet(1)] * 
 
 @settings(examples, max_examples=300)
 @given(data=st.data(), block=st.integers(16, 300), size=st.integers(1, 5))
-def test_any_damage_is_either_harmless_or_refused(
+def test_any_damage_is_harmless_or_refused(
     readers: list[ModuleType], data: st.DataObject, block: int, size: int
 ) -> None:
     content = data.draw(st.one_of(st.sampled_from(SAMPLES), packets_of_any_kind.filter(bool).flatmap(layouts)))
@@ -646,7 +638,7 @@ PIECES = [*"{}\",:[]5t \\/'", '}, {"t', '{"t":', '"}', "null", '\\"', "{}"]
 
 @settings(examples, max_examples=300)
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=14), block=st.integers(16, 120))
-def test_no_string_of_brackets_quotes_and_separators_fools_the_fast_reader(
+def test_no_string_of_separators_fools_the_fast_reader(
     readers: list[ModuleType], pieces: list[str], block: int
 ) -> None:
     content = b'[{"t":1}, {"t":2}, ' + "".join(pieces).encode() + b', {"t":3}, {"t":4}]'
@@ -660,7 +652,7 @@ def refusals(caplog: pytest.LogCaptureFixture, name: str) -> list[str]:
     return [record.getMessage() for record in caplog.records if name in record.getMessage()]
 
 
-def test_a_fault_in_the_last_packet_keeps_the_first_from_being_sent(
+def test_a_fault_in_the_last_packet_holds_back_the_first(
     spool: Spool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = spool.drop("X.json", b"[" + flat(40) + b', {"t": NaN}]')
@@ -675,7 +667,7 @@ def test_a_fault_in_the_last_packet_keeps_the_first_from_being_sent(
     assert place(line) == content.index(b'{"t": NaN}')
 
 
-def test_a_refused_file_is_read_again_only_when_it_has_changed_and_until_then_costs_no_line(
+def test_a_refused_file_is_read_again_when_it_has_changed(
     spool: Spool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = spool.drop("X.json", b'[{"t": 1}, {"t": 0x}]')
@@ -697,9 +689,7 @@ def test_a_refused_file_is_read_again_only_when_it_has_changed_and_until_then_co
     assert spool.names() == ["processed/X.json"]
 
 
-def test_a_refused_file_that_is_changed_but_not_mended_is_told_again_once(
-    spool: Spool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_refused_file_changed_but_not_mended_is_told_once(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
     spool.drop("X.json", b'[{"t": 1}, 5]')
     module = spool.load()
     module.process_json_file(spool.pending / "X.json")

@@ -60,7 +60,7 @@ MUTATIONS = [
         "_free_path(PROCESSED_DIR, os.path.basename(path))",
         "os.path.join(PROCESSED_DIR, os.path.basename(path))",
     ),
-    ("the name of a file moved by hand is free", " or _exists(numbered(free) + TAKEN)", ""),
+    ("the name of a file moved by hand is free", " or _exists(capture(free) + TAKEN)", ""),
     ("the key is the file's", "sha256(batch.body)", "sha256(batch.label.encode())"),
     ("a 2xx is believed before its end", "if success:  #", "if False:  #"),
     ("a web page is believed", "Outcome.MISCONFIGURED if page else", "Outcome.DELIVERED if page else"),

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import Spool, numbered, packet, wait_until
+from conftest import Said, Spool, packet, wait_until
 from ingest_server import IngestServer, split_packets
 
 X = "X.json"
@@ -38,11 +38,6 @@ sentinels = itertools.count()
 def receiver(tmp_path: Path) -> Iterator[IngestServer]:
     with IngestServer(tmp_path / "ingest.sqlite3") as server:
         yield server
-
-
-@pytest.fixture(autouse=True)
-def all_lines(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
 
 
 def capture(first: int = 0, count: int = 12) -> bytes:
@@ -241,9 +236,7 @@ def put(spool: Spool, files: list[str], content: bytes, name: str = X) -> None:
 
 
 @pytest.mark.parametrize("files", ROWS.values(), ids=ROWS)
-def test_a_start_uploads_the_whole_of_a_file_in_any_state(
-    spool: Spool, receiver: IngestServer, files: list[str]
-) -> None:
+def test_a_start_uploads_a_file_in_any_state(spool: Spool, receiver: IngestServer, files: list[str]) -> None:
     content = capture()
     put(spool, files, content)
     with serving(load(spool, receiver)):
@@ -256,56 +249,11 @@ def test_a_start_uploads_the_whole_of_a_file_in_any_state(
     assert receiver.repeats == 0
 
 
-def test_a_taken_file_goes_on_after_its_last_acknowledged_batch(spool: Spool, receiver: IngestServer) -> None:
-    content = capture()
-    taken_half_way(spool, receiver, content)
-    (spool.pending / "X.json.ready").touch()  # a crash may have left it as well
-    with serving(load(spool, receiver)):
-        wait_for(spool, "processed/X.json")
-    assert receiver.packets() == texts(content)
-    assert batch_sizes(receiver) == [5, 5, 2]
-    assert receiver.repeats == 0
-
-
-def test_a_failed_file_goes_on_after_its_last_acknowledged_batch(spool: Spool, receiver: IngestServer) -> None:
-    content = capture()
-    with failed_half_way(spool, receiver, content), serving(load(spool, receiver)):
-        wait_for(spool, "processed/X.json")
-    assert receiver.packets() == texts(content)
-    assert batch_sizes(receiver) == [5, 5, 2]
-    assert receiver.repeats == 0
-
-
 def test_the_record_tells_a_person_how_far_a_file_is_and_why(spool: Spool, receiver: IngestServer) -> None:
     failed_half_way(spool, receiver, capture()).close()
     told = record_of(spool, "failed_uploads").values()
     assert {5, 12} <= {value for value in told if isinstance(value, int)}, told
     assert any("Cannot connect to server" in value for value in told if isinstance(value, str)), told
-
-
-@pytest.mark.parametrize("folder", ["pending_upload", "failed_uploads"])
-def test_of_an_uploaded_file_only_the_move_is_left_and_not_one_request(
-    spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, folder: str
-) -> None:
-    content = capture()
-    spool.drop(X, content)
-    if folder == "failed_uploads":
-        (spool.logs / folder).mkdir()
-        (spool.pending / X).rename(spool.failed / X)
-        (spool.pending / "X.json.ready").unlink()
-    with monkeypatch.context() as patch:
-        tried = fail_moves_to(patch, spool.processed)
-        with serving(load(spool, receiver, RETRY_FAILED_INTERVAL=0.01)):
-            wait_until(lambda: len(tried) >= 5, "the move is tried again", 20)
-        assert batch_sizes(receiver) == [5, 5, 2]
-        assert receiver.repeats == 0
-    assert len([line for line in lines(caplog, X) if "Permission denied" in line]) == 1, caplog.text
-    receiver.close()  # whoever tried a request now would see it fail
-    caplog.clear()
-    with serving(load(spool, receiver)):
-        wait_for(spool, "processed/X.json")
-    assert [line for line in caplog.messages if "attempt" in line or "Cannot connect" in line] == []
-    assert (spool.processed / X).read_bytes() == content
 
 
 def test_what_is_done_stays_as_it_is(spool: Spool, receiver: IngestServer) -> None:
@@ -333,16 +281,7 @@ def test_a_file_without_its_marker_is_not_ours(spool: Spool, receiver: IngestSer
     assert receiver.packets() == texts(capture())
 
 
-def test_a_file_without_its_marker_is_not_ours_when_a_program_asks_for_it_either(
-    spool: Spool, receiver: IngestServer
-) -> None:
-    put(spool, ["pending_upload/X.json"], capture())
-    assert not load(spool, receiver).process_json_file(spool.pending / X)
-    assert spool.names() == ["pending_upload/X.json"]
-    assert receiver.packets() == []
-
-
-def test_a_marker_without_its_file_waits_for_it(
+def test_a_bare_marker_waits_for_its_file(
     spool: Spool, receiver: IngestServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     spool.pending.mkdir(parents=True)
@@ -357,18 +296,6 @@ def test_a_marker_without_its_file_waits_for_it(
     assert receiver.packets() == texts(capture())
 
 
-@pytest.mark.parametrize("folder", ["pending_upload", "failed_uploads"])
-def test_a_record_whose_file_has_moved_on_is_cleared_away(spool: Spool, receiver: IngestServer, folder: str) -> None:
-    """A crash between the move to processed/ and the removal of the record leaves it."""
-    taken_half_way(spool, receiver, capture())
-    (spool.processed).mkdir(exist_ok=True)
-    (spool.logs / folder).mkdir(exist_ok=True)
-    (spool.pending / "X.json.taken").rename(spool.processed / X)
-    (spool.pending / "X.json.state").rename(spool.logs / folder / "X.json.state")
-    with serving(load(spool, receiver)):
-        wait_for(spool, "processed/X.json")
-
-
 def test_what_is_named_like_a_record_without_a_file_is_kept_if_it_is_none(spool: Spool, receiver: IngestServer) -> None:
     spool.pending.mkdir(parents=True)
     for number, content in enumerate((b"", b"{", b"[" * 200_000, b"\xff", b"9" * 5000, capture())):
@@ -380,33 +307,6 @@ def test_what_is_named_like_a_record_without_a_file_is_kept_if_it_is_none(spool:
         poll(spool)
     assert spool.tree() == {**before, "processed/X.json": len(capture(100))}
     assert receiver.packets() == texts(capture(100))
-
-
-def test_a_crash_between_a_failed_files_record_and_its_move_leaves_no_trace(
-    spool: Spool, receiver: IngestServer
-) -> None:
-    taken_half_way(spool, receiver, capture())
-    spool.failed.mkdir(exist_ok=True)
-    shutil.copy2(spool.pending / "X.json.state", spool.failed / "X.json.state")
-    with serving(load(spool, receiver)):
-        wait_for(spool, "processed/X.json")
-    assert batch_sizes(receiver) == [5, 5, 2]
-    assert receiver.repeats == 0
-
-
-def test_one_run_of_the_program_drains_files_in_all_states(spool: Spool, receiver: IngestServer) -> None:
-    contents = {f"{number}.json": capture(100 * number) for number in range(6)}
-    taken_half_way(spool, receiver, contents["5.json"], "5.json")
-    for (name, content), files in zip(contents.items(), ROWS.values()):
-        put(spool, files, content, name)
-    put(spool, ["processed/X.json"], contents["4.json"], "4.json")
-    ended = spool.run("--once", SERVER_URL=receiver.url, BATCH_SIZE=5)
-    assert ended.returncode == 0, ended.stderr
-    assert spool.names() == [f"processed/{name}" for name in contents], spool.tree()
-    assert {name: (spool.processed / name).read_bytes() for name in contents} == contents
-    sent = [content for name, content in contents.items() if name != "4.json"]
-    assert sorted(receiver.packets()) == sorted(texts(*sent))
-    assert receiver.repeats == 0
 
 
 def test_files_go_in_the_order_of_their_names(spool: Spool, receiver: IngestServer) -> None:
@@ -428,26 +328,6 @@ def test_an_empty_array_is_a_success_without_a_request(spool: Spool, receiver: I
     assert spool.names() == ["processed/X.json"]
 
 
-def test_a_changed_batch_size_neither_repeats_nor_skips_a_packet(spool: Spool, receiver: IngestServer) -> None:
-    content = capture(count=60)
-    taken_half_way(spool, receiver, content, batches=2)
-    sizes = [3, 7, 2, 1000]
-    for run, size in enumerate(sizes):
-        module = load(spool, receiver, BATCH_SIZE=size)
-        sent = len(batch_sizes(receiver))
-        with pytest.MonkeyPatch.context() as patch:
-            if run < len(sizes) - 1:
-                after_batch(module, patch, 2, module.stop_sender)
-            with serving(module) as thread:
-                wait_until(lambda: (spool.processed / X).exists() or not thread.is_alive(), "a stop or the end", 20)
-        # The first one may be on the wire without an answer: it goes out again as it was.
-        assert max(batch_sizes(receiver)[sent + 1 :]) <= size
-    assert spool.names() == ["processed/X.json"], spool.tree()
-    assert receiver.packets() == texts(content)
-    assert receiver.repeats == 0
-    assert sum(batch_sizes(receiver)) == 60
-
-
 # ---------------------------------------------------------------- names that exist already, and names written again
 
 
@@ -463,129 +343,7 @@ def test_nothing_in_processed_is_ever_overwritten(spool: Spool, receiver: Ingest
     assert len(spool.names()) == 4, spool.tree()
 
 
-def test_nothing_in_failed_uploads_is_ever_overwritten_and_each_keeps_its_progress(
-    spool: Spool, receiver: IngestServer
-) -> None:
-    contents = [capture(100 * number) for number in range(3)]
-    for content in contents:
-        spool.drop(X, content)
-        module = load(spool, receiver)
-        with pytest.MonkeyPatch.context() as patch:
-            after_batch(module, patch, 1, receiver.close)
-            assert not module.process_json_file(spool.pending / X)
-        receiver = again(receiver)
-    names = ["X.1.json", "X.2.json", "X.json"]
-    assert spool.names() == [f"failed_uploads/{name}{tail}" for name in names for tail in ("", ".state")], spool.tree()
-    assert [(spool.failed / name).read_bytes() for name in ("X.json", "X.1.json", "X.2.json")] == contents
-    with receiver, serving(load(spool, receiver)):
-        wait_for(spool, *(f"processed/{name}" for name in names))
-        assert sorted(batch_sizes(receiver)) == [2, 2, 2, 5, 5, 5, 5, 5, 5]
-        assert receiver.repeats == 0
-        assert sorted(receiver.packets()) == sorted(texts(*contents))
-
-
-@pytest.mark.parametrize("name", ["X.json", ".json", ".X.json", "X.1.json", "X.tar.json", "X.rejected.json"])
-def test_whatever_name_a_collision_in_failed_uploads_leads_to_is_swept(
-    spool: Spool, receiver: IngestServer, name: str
-) -> None:
-    receiver.close()
-    contents = [capture(100 * number) for number in range(3)]
-    for content in contents:
-        spool.drop(name, content)
-        assert not load(spool, receiver).process_json_file(spool.pending / name)
-    with again(receiver), serving(load(spool, receiver)):
-        wait_until(lambda: len(batch_sizes(receiver)) == 9, f"all are uploaded: {spool.tree()}", 10)
-    assert sorted(path.read_bytes() for path in spool.processed.iterdir()) == contents
-    assert len(spool.names()) == 3, spool.tree()
-    assert sorted(receiver.packets()) == sorted(texts(*contents))
-
-
-def test_a_name_written_again_while_it_is_uploaded_arrives_and_is_kept_twice(
-    spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    contents = [capture(100 * number) for number in range(3)]
-    spool.drop(X, contents[0])
-    module = load(spool, receiver)
-    after_batch(module, monkeypatch, 1, lambda: spool.drop(X, contents[1]))
-    after_batch(module, monkeypatch, 5, lambda: spool.drop(X, contents[2]))
-    with serving(module):
-        wait_for(spool, "processed/X.json", "processed/X.1.json", "processed/X.2.json")
-    assert [(spool.processed / name).read_bytes() for name in ("X.json", "X.1.json", "X.2.json")] == contents
-    assert receiver.packets() == texts(*contents)
-    assert receiver.repeats == 0
-
-
-@pytest.mark.parametrize("functions", ["rename replace", "unlink remove"])
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_name_written_again_while_it_is_taken_keeps_its_marker(
-    spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch, functions: str, after: bool
-) -> None:
-    """The producer may come at any moment: before or after the rename, before or after the marker goes."""
-    old, new = capture(0), capture(100)
-    spool.drop(X, old)
-    file = spool.pending / X
-    moment = at_call(monkeypatch, functions, file if "rename" in functions else spool.pending / "X.json.ready",
-                     lambda: spool.drop(X, new), after)  # fmt: skip
-    with serving(load(spool, receiver)):
-        wait_until(lambda: moment and not list(spool.pending.iterdir()), "pending_upload/ is empty", 20)
-    if functions == "rename replace" and not after:  # the producer itself has replaced what nobody had taken yet
-        assert receiver.packets() == texts(new)
-        assert spool.names() == ["processed/X.json"]
-    else:
-        assert receiver.packets() == texts(old, new)
-        assert spool.names() == ["processed/X.1.json", "processed/X.json"], spool.tree()
-        assert [(spool.processed / name).read_bytes() for name in ("X.json", "X.1.json")] == [old, new]
-    assert receiver.repeats == 0
-
-
-def test_one_run_uploads_a_taken_file_and_its_successor_of_the_same_name(spool: Spool, receiver: IngestServer) -> None:
-    old, new = capture(0), capture(100)
-    taken_half_way(spool, receiver, old)
-    spool.drop(X, new)
-    ended = spool.run("--once", SERVER_URL=receiver.url, BATCH_SIZE=5)
-    assert spool.names() == ["processed/X.1.json", "processed/X.json"], (spool.tree(), ended.stderr)
-    assert ended.returncode == 0, ended.stderr
-    assert receiver.packets() == texts(old, new)
-    assert receiver.repeats == 0
-
-
-def test_a_failed_name_and_a_new_capture_of_that_name_both_arrive(spool: Spool, receiver: IngestServer) -> None:
-    old, new = capture(0), capture(100)
-    with failed_half_way(spool, receiver, old) as server:
-        spool.drop(X, new)
-        with serving(load(spool, receiver)):
-            wait_for(spool, "processed/X.json", "processed/X.1.json")
-        kept = {(spool.processed / name).read_bytes() for name in ("X.json", "X.1.json")}
-        assert kept == {old, new}
-        assert sorted(server.packets()) == sorted(texts(old, new))
-        assert server.repeats == 0
-
-
 # ---------------------------------------------------------------- records that are not this file's
-
-
-@pytest.mark.parametrize("folder", ["pending_upload", "failed_uploads"])
-@pytest.mark.parametrize("what", ["another time", "another size", "another file"])
-def test_a_record_never_applies_to_another_file_of_the_same_name(
-    spool: Spool, receiver: IngestServer, folder: str, what: str
-) -> None:
-    server = receiver
-    if folder == "pending_upload":
-        taken_half_way(spool, receiver, capture())
-        file = spool.pending / "X.json.taken"
-    else:
-        server = failed_half_way(spool, receiver, capture())
-        file = spool.failed / X
-    other = capture(100) + (b"\n" if what == "another size" else b"")
-    before = file.stat().st_mtime_ns
-    if what == "another file":  # a new inode, older than the first: only a record that looked at neither would apply
-        file.unlink()
-    file.write_bytes(other)
-    moved = {"another time": 1, "another size": 0, "another file": -3600}[what]
-    os.utime(file, ns=(before, before + moved * 1_000_000_000))
-    with server, serving(load(spool, receiver)):
-        wait_for(spool, "processed/X.json")
-    assert receiver.packets() == [*texts(capture())[:5], *texts(other)]
 
 
 Damage = Callable[[Path], object]
@@ -792,9 +550,7 @@ def test_no_name_is_more_than_a_name_when_its_file_is_refused(spool: Spool, rece
 if sys.platform != "win32":  # where a path has at most 260 characters
 
     @pytest.mark.parametrize("length", [250, 255])
-    def test_a_failed_file_whose_name_leaves_no_room_for_a_record_is_delivered(
-        spool: Spool, receiver: IngestServer, length: int
-    ) -> None:
+    def test_a_name_without_room_for_a_record_is_delivered(spool: Spool, receiver: IngestServer, length: int) -> None:
         spool.failed.mkdir(parents=True)
         name = "n" * (length - 5) + ".json"
         (spool.failed / name).write_bytes(capture())
@@ -820,22 +576,7 @@ def test_every_data_file_in_failed_uploads_is_swept_whatever_its_name(spool: Spo
     assert (spool.failed / ".gitkeep").exists()
 
 
-def test_a_half_sent_file_moved_by_hand_goes_on_from_its_record(spool: Spool, receiver: IngestServer) -> None:
-    """mv pending_upload/* failed_uploads/"""
-    content = capture()
-    taken_half_way(spool, receiver, content)
-    spool.failed.mkdir(exist_ok=True)
-    for path in list(spool.pending.iterdir()):
-        path.rename(spool.failed / path.name)
-    with serving(load(spool, receiver)):
-        wait_for(spool, "processed/X.json")
-        poll(spool)
-    assert spool.names() == ["processed/X.json"], spool.tree()
-    assert (spool.processed / X).read_bytes() == content
-    assert (receiver.packets(), receiver.repeats) == (texts(content), 0)
-
-
-def test_a_hundred_thousand_files_of_one_name_cost_a_few_looks(
+def test_100_000_files_of_one_name_cost_a_few_looks(
     spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spool.processed.mkdir(parents=True)
@@ -856,20 +597,6 @@ def test_a_hundred_thousand_files_of_one_name_cost_a_few_looks(
     assert module.process_json_file(spool.pending / X)
     assert "processed/X.100000.json" in spool.names()
     assert len(looks) <= 40
-
-
-def test_a_file_that_grows_while_its_last_batch_is_on_the_wire_is_not_done_but_read_again(
-    spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The sniffer may write on for a moment into a file that has its marker."""
-    spool.drop(X, capture(count=3))
-    whole = capture(count=8)
-    module = load(spool, receiver)
-    after_batch(module, monkeypatch, 1, lambda: (spool.pending / "X.json.taken").write_bytes(whole))
-    with serving(module):
-        wait_for(spool, "processed/X.json")
-    assert (spool.processed / X).read_bytes() == whole
-    assert set(texts(whole)) <= set(receiver.packets())
 
 
 def test_a_file_that_needs_more_memory_than_there_is_fails_alone(
@@ -945,7 +672,7 @@ if sys.platform != "win32":
         assert receiver.packets() == texts(content)
         assert "another user" in caplog.text
 
-    def test_a_marker_is_put_back_through_no_link(
+    def test_no_link_gets_a_marker(
         spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         outside = tmp_path / "outside"
@@ -1051,21 +778,6 @@ def test_what_is_no_regular_file_is_told_once_and_left_alone(
     assert os.listdir(spool.processed) == ["Y.json"]
 
 
-def test_what_is_no_regular_file_is_not_even_taken_when_a_program_asks_for_it(
-    spool: Spool, receiver: IngestServer, elsewhere: Path
-) -> None:
-    spool.pending.mkdir(parents=True)
-    module = load(spool, receiver)
-    for number, impostor in enumerate(IMPOSTORS.values()):
-        path = spool.pending / f"{number}.json"
-        impostor(path, elsewhere)
-        path.with_name(path.name + ".ready").touch()
-        assert not module.process_json_file(path)
-        assert not stat.S_ISREG(path.lstat().st_mode)
-    assert receiver.packets() == []
-    assert elsewhere.read_bytes() == capture(5000)
-
-
 @pytest.mark.parametrize("functions", ["open", "rename replace"])
 @pytest.mark.parametrize("impostor", IMPOSTORS.values(), ids=IMPOSTORS)
 def test_what_is_swapped_in_after_the_check_is_not_opened_followed_or_waited_for(
@@ -1098,42 +810,7 @@ def test_what_is_swapped_in_after_the_check_is_not_opened_followed_or_waited_for
     assert 1 <= len(lines(caplog, X)) <= 2, caplog.text  # of the swap, and of what is there since
 
 
-def test_a_failed_file_swapped_after_the_check_is_not_opened_followed_or_waited_for(
-    spool: Spool, receiver: IngestServer, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number, impostor in enumerate(IMPOSTORS.values()):
-        path = spool.failed / f"{number}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(capture(100))
-
-        def swap(path: Path = path, impostor: Impostor = impostor) -> None:
-            os.utime(elsewhere, ns=(path.stat().st_mtime_ns,) * 2)
-            path.unlink()
-            impostor(path, elsewhere)
-
-        with monkeypatch.context() as patch:
-            moment = at_call(patch, "open", path, swap)
-            load(spool, receiver).retry_failed_uploads()
-            assert moment
-        assert not stat.S_ISREG(path.lstat().st_mode)
-    assert receiver.packets() == []
-    assert elsewhere.read_bytes() == capture(5000)
-
-
 # ---------------------------------------------------------------- files that change while they are read
-
-
-def test_a_file_that_grows_while_it_is_uploaded_is_read_anew(
-    spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    short, long = capture(count=12), capture(count=40)
-    spool.drop(X, short)
-    module = load(spool, receiver)
-    after_batch(module, monkeypatch, 1, lambda: (spool.pending / "X.json.taken").write_bytes(long))
-    with serving(module):
-        wait_for(spool, "processed/X.json")
-    assert (spool.processed / X).read_bytes() == long
-    assert receiver.packets() == texts(long)
 
 
 def test_a_file_that_is_cut_short_while_it_is_uploaded_is_kept_and_told(
@@ -1163,20 +840,6 @@ def test_a_file_that_vanishes_while_it_is_uploaded_stops_nobody(
     assert spool.names() == [], spool.tree()
     told = [record for record in caplog.records if X in record.getMessage() and record.levelno > logging.INFO]
     assert len(told) == 1, caplog.text
-
-
-def test_a_file_replaced_just_before_it_is_opened_is_uploaded_from_its_first_packet(
-    spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By then its record has been read, and that is the other's."""
-    old, new = capture(0), capture(100)
-    taken_half_way(spool, receiver, old)
-    path = spool.pending / "X.json.taken"
-    moment = at_call(monkeypatch, "open", path, lambda: path.write_bytes(new))
-    with serving(load(spool, receiver)):
-        wait_for(spool, "processed/X.json")
-    assert moment
-    assert receiver.packets() == [*texts(old)[:5], *texts(new)]
 
 
 @pytest.mark.parametrize("change", [b" ", b"x", None], ids=["grows harmlessly", "grows", "shrinks"])
@@ -1269,7 +932,7 @@ def test_folders_that_vanish_are_made_again(spool: Spool, receiver: IngestServer
     assert receiver.packets() == texts(*(capture(100 * number) for number in range(4)))
 
 
-def test_a_destination_that_vanishes_during_an_upload_is_made_again(
+def test_a_destination_that_vanishes_is_made_again(
     spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spool.drop(X, capture())
@@ -1288,16 +951,6 @@ def test_a_destination_that_vanishes_during_an_upload_is_made_again(
     after_batch(module, monkeypatch, 1, outage)
     assert not module.process_json_file(spool.pending / "Y.json")
     assert spool.names() == ["failed_uploads/Y.json", "failed_uploads/Y.json.state", "processed/X.json"], spool.tree()
-
-
-def test_a_function_called_alone_needs_no_folders(spool: Spool, receiver: IngestServer) -> None:
-    module = load(spool, receiver)
-    assert not module.process_json_file(spool.pending / X)
-    module.retry_failed_uploads()
-    shutil.rmtree(spool.logs, ignore_errors=True)
-    spool.drop(X, capture())
-    assert module.process_json_file(str(spool.pending / X))
-    assert spool.names() == ["processed/X.json"]
 
 
 def test_a_file_that_cannot_be_taken_is_never_uploaded_and_told_once(
@@ -1374,10 +1027,8 @@ def test_without_days_of_keeping_nothing_is_ever_deleted(spool: Spool, receiver:
     assert spool.names() == ["processed/X.json"]
 
 
-def test_a_producer_that_is_just_writing_a_taken_files_name_again_gets_no_marker_from_us(
-    spool: Spool, tmp_path: Path
-) -> None:
-    spool.drop("a.json", numbered(3))
+def test_a_producer_that_writes_a_taken_name_again_gets_no_marker(spool: Spool, tmp_path: Path) -> None:
+    spool.drop("a.json", [packet(n) for n in range(3)])
     (spool.pending / "a.json").rename(spool.pending / "a.json.taken")
     (spool.pending / "a.json.ready").unlink()
     (spool.pending / "a.json").write_bytes(b'[{"half": "wri')
@@ -1385,15 +1036,13 @@ def test_a_producer_that_is_just_writing_a_taken_files_name_again_gets_no_marker
         sender = spool.load(SERVER_URL=server.url)
         sender.monitor_and_upload(once=True)
         assert spool.names() == ["pending_upload/a.json", "processed/a.json"]
-        spool.drop("a.json", numbered(5))
+        spool.drop("a.json", [packet(n) for n in range(5)])
         sender.monitor_and_upload(once=True)
         assert spool.names() == ["processed/a.1.json", "processed/a.json"]
         assert len(server.packets()) == 8
 
 
-def test_one_old_file_that_cannot_be_deleted_keeps_no_other(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]]
-) -> None:
+def test_an_old_file_that_stays_keeps_no_other(spool: Spool, monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
     unlink = os.unlink
 
     def refuse(path: Any, *arguments: Any) -> None:
@@ -1417,7 +1066,7 @@ def test_one_old_file_that_cannot_be_deleted_keeps_no_other(
 def test_nothing_is_written_through_a_link_at_the_temporary_name(spool: Spool, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
-    spool.drop("a.json", numbered(4))
+    spool.drop("a.json", [packet(n) for n in range(4)])
     (spool.pending / ".sender.tmp").symlink_to(precious)
     with IngestServer(tmp_path / "db") as server:
         assert spool.load(SERVER_URL=server.url, BATCH_SIZE=2).process_json_file(spool.pending / "a.json")

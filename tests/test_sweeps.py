@@ -5,34 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Spool, packet
-from servers import Answer, Clock, Request, ScriptedServer, close, reply, reset, too_late
+from conftest import Note, Said, Spool, capture, packet
+from servers import TIMEOUT, Answer, Clock, Request, ScriptedServer, close, load, play, reply, reset, too_late
 
-Said = Callable[..., list[str]]
-Note = Callable[[str, object], None]
-TIMEOUT = 5.0  # seconds of the sender's clock
-
-
-@pytest.fixture(autouse=True)
-def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No power cut happens here, and thousands of fsyncs take their time."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-def capture(count: int, start: int = 0, **fields: Any) -> list[dict[str, Any]]:
-    return [packet(start + number, **fields) for number in range(count)]
-
-
-def load(spool: Spool, server: ScriptedServer, **settings: object) -> tuple[Any, Clock]:
-    """The spool's sender.py as a fresh module, which is what a restart is, and its clock."""
-    sender = spool.load(**{"SERVER_URL": server.url, "REQUEST_TIMEOUT": TIMEOUT, "RETRY_DELAY": 1, **settings})
-    return sender, Clock(sender)
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 
 def put(spool: Spool, name: str, packets: list[dict[str, Any]]) -> bytes:
@@ -45,18 +26,6 @@ def put(spool: Spool, name: str, packets: list[dict[str, Any]]) -> bytes:
 def first_numbers(server: ScriptedServer, since: int = 0) -> list[int]:
     """The first packet of each request: which file, or which place, it came from."""
     return [request.numbers[0] for request in server.requests[since:]]
-
-
-def play(sender: Any, clock: Clock, *steps: Callable[[], object]) -> None:
-    """Run monitor_and_upload(). Each time it would wait for its next poll, a step is done; in the end it is stopped."""
-    left = iter(steps)
-
-    def turn() -> None:
-        step = next(left, sender.stop_sender)
-        step()
-
-    clock.at_sleep = turn
-    sender.monitor_and_upload()
 
 
 def fail_all(spool: Spool, server: ScriptedServer, sender: Any, *names: str) -> None:
@@ -124,9 +93,7 @@ OTHER_TROUBLE: dict[str, Callable[[Clock], Answer]] = {
 
 
 @pytest.mark.parametrize("answer", OTHER_TROUBLE.values(), ids=OTHER_TROUBLE.keys())
-def test_other_trouble_ends_a_sweep_after_three_files_while_nothing_is_accepted(
-    spool: Spool, answer: Callable[[Clock], Answer]
-) -> None:
+def test_other_trouble_ends_a_sweep_after_three_files(spool: Spool, answer: Callable[[Clock], Answer]) -> None:
     with ScriptedServer(lambda request: answer(clock)) as server:
         for number in range(8):
             put(spool, f"{number}.json", capture(20, start=100 * number))
@@ -215,7 +182,7 @@ def test_each_file_gets_one_attempt_per_sweep_and_no_wait(spool: Spool) -> None:
         assert clock.slept == 0
 
 
-def test_files_with_nothing_but_refused_packets_are_tried_at_the_start_when_the_server_is_back_and_once_an_hour(
+def test_refused_packets_are_tried_at_the_start_when_it_is_back_and_once_an_hour(
     spool: Spool,
 ) -> None:
     with ScriptedServer(lambda request: reply(422) if 3 in request.numbers else None) as server:
@@ -260,7 +227,7 @@ def test_the_log_says_how_many_are_retried(spool: Spool, said: Said) -> None:
     ("outage", "most"),
     [("refused", 1), ("reset", 3), ("503", 1), ("500", 15), ("400", 15), ("401", 1), ("time-out", 3)],
 )
-def test_200_failed_files_in_a_total_outage_cost_a_few_requests_per_sweep(
+def test_200_failed_files_cost_a_few_requests_a_sweep(
     spool: Spool, said: Said, record_property: Note, outage: str, most: int
 ) -> None:
     with ScriptedServer(listening=outage != "refused") as server:
@@ -289,38 +256,6 @@ BAD: dict[str, Callable[[Clock], Answer]] = {
     "is answered 401": lambda clock: reply(401),
     "breaks the connection": lambda clock: reset,
 }
-
-
-@pytest.mark.parametrize("answer", BAD.values(), ids=BAD.keys())
-@pytest.mark.parametrize("bad", [{0}, {0, 1, 2}, {2, 5}], ids=sorted)
-def test_files_that_always_fail_do_not_keep_the_others_from_their_turn(
-    spool: Spool, bad: set[int], answer: Callable[[Clock], Answer]
-) -> None:
-    with ScriptedServer() as server:
-        sender, clock = load(spool, server, MAX_RETRIES=1)
-        names = [f"{number}.json" for number in range(8)]
-        fail_all(spool, server, sender, *names)
-        server.script = lambda request: answer(clock) if request.numbers[0] // 100 in bad else None
-        for _ in range(len(bad) + 1):
-            sender.retry_failed_uploads()
-    good = {f"processed/{name}" for number, name in enumerate(names) if number not in bad}
-    assert good <= set(spool.names())
-
-
-def test_new_ready_files_go_first_between_two_failed_ones(spool: Spool) -> None:
-    coming = iter(["n1.json", "n2.json"])
-
-    def script(request: Request) -> Answer:
-        if request.numbers[0] < 800 and (name := next(coming, "")):
-            spool.drop(name, capture(2, start=800 if name == "n1.json" else 900))
-        return None
-
-    with ScriptedServer(script) as server:
-        for number in range(3):
-            put(spool, f"{number}.json", capture(2, start=100 * number))
-        sender, _ = load(spool, server)
-        sender.retry_failed_uploads()
-        assert tried(server) == [0, 8, 1, 9, 2]
 
 
 def test_new_ready_files_are_taken_in_the_order_of_their_names(spool: Spool) -> None:
@@ -429,18 +364,6 @@ def test_a_sweep_runs_at_start_and_then_every_interval(spool: Spool) -> None:
     assert len(moments) == 6
     for before, after in zip(moments, moments[1:]):
         assert 30 <= after - before <= 31
-
-
-def test_acknowledged_batches_are_not_repeated_by_a_sweep(spool: Spool) -> None:
-    with ScriptedServer(lambda request: reply(503) if request.numbers[0] >= 20 else None) as server:
-        spool.drop("a.json", capture(50))
-        sender, _ = load(spool, server, BATCH_SIZE=10, MAX_RETRIES=2)
-        assert not sender.process_json_file(spool.pending / "a.json")
-        load(spool, server, BATCH_SIZE=10)[0].retry_failed_uploads()
-        server.script = lambda request: None
-        load(spool, server, BATCH_SIZE=10)[0].retry_failed_uploads()
-    assert first_numbers(server) == [0, 10, 20, 20, 20, 20, 30, 40]
-    assert server.stored == Counter(range(50))
 
 
 @pytest.mark.parametrize("name", ["x.json", "no suffix", "a.bak.json", "ü ✓.json", "a.rejected.txt", "%s.json"])

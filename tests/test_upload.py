@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import Spool, console_lines, numbered, packet, wait_until
+from conftest import Said, Spool, capture, console_lines, packet, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest_httpserver import HTTPServer
@@ -50,8 +50,6 @@ from servers import (
 )
 from werkzeug import Response
 
-Said = Callable[..., list[str]]
-
 REDIRECTS = (300, 301, 302, 303, 304, 305, 307, 308)
 STATUSES = {
     "BUSY": (409, 425, 429, 503),
@@ -63,10 +61,6 @@ STATUSES = {
 AGAIN_LATER = (*STATUSES["BUSY"], *STATUSES["UNANSWERED"])
 PACKETS = [packet(number) for number in range(3)]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
-
-
-def capture(count: int, start: int = 0, **fields: Any) -> list[dict[str, Any]]:
-    return [packet(start + number, **fields) for number in range(count)]
 
 
 def key_of(body: bytes) -> str:
@@ -136,17 +130,6 @@ def test_one_file_is_sent_by_hand_as_the_documentation_says(spool: Spool) -> Non
     assert request.key == key_of(request.body)
 
 
-def test_no_packets_need_no_request(spool: Spool) -> None:
-    with ScriptedServer() as server:
-        spool.drop("empty.json", "[]")
-        sender = spool.load(SERVER_URL=server.url)
-        assert sender.upload_packets([])
-        assert sender.upload_with_retry([])
-        assert sender.process_json_file(spool.pending / "empty.json")
-        assert server.connections == 0
-    assert spool.names() == ["processed/empty.json"]
-
-
 @pytest.mark.parametrize("status", [200, 301, 400, 401, 413, 415, 422, 500, 503])
 @pytest.mark.parametrize("compress", ["none", "gzip"])
 def test_upload_packets_is_exactly_one_post_whatever_the_answer(spool: Spool, status: int, compress: str) -> None:
@@ -157,7 +140,7 @@ def test_upload_packets_is_exactly_one_post_whatever_the_answer(spool: Spool, st
     assert (len(server.requests), clock.slept) == (1, 0)
 
 
-def test_the_key_is_the_hash_of_the_batch_on_every_attempt_after_a_restart_from_either_folder_and_compressed(
+def test_the_key_is_the_hash_of_the_batch_whatever_happens(
     spool: Spool,
 ) -> None:
     with ScriptedServer(lambda request: reply(503) if request.number % 3 else close) as server:
@@ -294,7 +277,7 @@ def answer_early(words: bytes) -> Behaviour:
 
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 @pytest.mark.parametrize(("status", "outcome"), [(401, "MISCONFIGURED"), (413, "REJECTED"), (429, "BUSY")])
-def test_an_answer_before_the_body_has_gone_out_is_an_answer(
+def test_an_early_answer_is_an_answer(
     spool: Spool, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, status: int, outcome: str, tls: bool
 ) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificates.bundle))
@@ -319,7 +302,7 @@ async def asgi(scope, receive, send):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gunicorn needs fork, and a socket is handed over")
 @pytest.mark.parametrize("server", ["gunicorn early:wsgi", "gunicorn -k gthread early:wsgi", "hypercorn early:asgi"])
-def test_real_servers_answers_before_the_body_over_tls_are_answers(
+def test_real_servers_early_answers_over_tls_are_answers(
     spool: Spool, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, server: str
 ) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificates.bundle))
@@ -410,7 +393,7 @@ def test_a_later_attempt_delivers(spool: Spool, status: int) -> None:
 
 
 @pytest.mark.parametrize("status", STATUSES["MISCONFIGURED"])
-def test_what_the_configuration_must_mend_gets_one_attempt_and_a_person_is_told(
+def test_what_a_person_must_mend_gets_one_attempt(
     spool: Spool, httpserver: HTTPServer, said: Said, status: int
 ) -> None:
     httpserver.expect_request("/ingest").respond_with_data("no such luck", status)
@@ -427,9 +410,7 @@ def test_what_the_configuration_must_mend_gets_one_attempt_and_a_person_is_told(
 
 @pytest.mark.parametrize("status", [s for s in REDIRECTS if s != 304])
 @pytest.mark.parametrize("same_host", [True, False])
-def test_redirects_are_never_followed_and_the_log_says_where_they_point(
-    spool: Spool, said: Said, status: int, same_host: bool
-) -> None:
+def test_redirects_are_told_and_never_followed(spool: Spool, said: Said, status: int, same_host: bool) -> None:
     with ScriptedServer() as tempting, ScriptedServer() as server:
         there = (server if same_host else tempting).url.replace("/ingest", "/new/place")
         moved = reply(status, "moved", f"Location: {there}")
@@ -452,9 +433,7 @@ def test_a_batch_that_asks_to_be_smaller_is_not_sent_again_as_it_was(spool: Spoo
 
 @pytest.mark.parametrize("field", ["packets_received", "raw_packets"])
 @pytest.mark.parametrize("count", [0, 1, 4])
-def test_a_server_that_counts_fewer_packets_is_warned_of_with_both_figures(
-    spool: Spool, said: Said, field: str, count: int
-) -> None:
+def test_a_smaller_count_of_the_servers_is_told(spool: Spool, said: Said, field: str, count: int) -> None:
     with ScriptedServer(lambda request: reply(200, {"status": "success", field: count})) as server:
         spool.drop("a.json", capture(5))
         assert spool.load(SERVER_URL=server.url).process_json_file(spool.pending / "a.json")
@@ -751,9 +730,7 @@ def test_credentials_in_the_url_are_used_decoded_and_leave_the_request_line(spoo
 
 
 @pytest.mark.parametrize("decoded", [False, True])
-def test_a_netrc_password_that_the_server_echoes_stays_out_of_the_log(
-    spool: Spool, said: Said, netrc: None, decoded: bool
-) -> None:
+def test_a_netrc_password_stays_out_of_the_log(spool: Spool, said: Said, netrc: None, decoded: bool) -> None:
     def script(request: Request) -> bytes:
         credentials = request.headers["authorization"].split()[1]
         return reply(401, base64.b64decode(credentials) if decoded else credentials)
@@ -788,9 +765,7 @@ def test_no_proxy_is_honoured(spool: Spool, monkeypatch: pytest.MonkeyPatch, exe
     assert (len(server.requests), proxy.connections) == (1, 0)
 
 
-def test_https_goes_through_a_proxys_tunnel(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch, certificates: Certificates
-) -> None:
+def test_https_takes_a_proxys_tunnel(spool: Spool, monkeypatch: pytest.MonkeyPatch, certificates: Certificates) -> None:
     tls = certificates.server("sensors.invalid")
     with ScriptedServer(tls=tls) as server, ScriptedServer(lambda request: tunnel(server.port)) as proxy:
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
@@ -803,7 +778,7 @@ def test_https_goes_through_a_proxys_tunnel(
     assert [request.headers["authorization"] for request in server.requests] == ["Bearer abc"] * 2
 
 
-def test_a_proxys_password_is_sent_to_the_proxy_and_never_logged(
+def test_a_proxys_password_is_sent_to_it_and_never_logged(
     spool: Spool, said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ScriptedServer(lambda request: reply(407, echo(request)), listening=False) as proxy:
@@ -853,7 +828,7 @@ def test_an_expired_certificate_is_refused(
         assert_refused_over_tls(spool, said, server, "expired")
 
 
-def test_a_certificate_for_another_name_is_refused(
+def test_another_names_certificate_is_refused(
     spool: Spool, said: Said, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificates.bundle))
@@ -903,7 +878,7 @@ def test_an_unusable_ca_bundle_is_a_configuration_error_that_names_it(
 
 
 @pytest.mark.parametrize("server_speaks_tls", [True, False])
-def test_a_mix_up_of_http_and_https_is_told_in_one_line(
+def test_http_for_https_is_told_in_one_line(
     spool: Spool, said: Said, certificates: Certificates, server_speaks_tls: bool
 ) -> None:
     tls = certificates.server("127.0.0.1") if server_speaks_tls else None
@@ -941,9 +916,7 @@ def test_without_compress_nothing_is_compressed(spool: Spool) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 415, 422])
-def test_a_refusal_of_compressed_bodies_names_the_setting_and_nothing_goes_out_plain(
-    spool: Spool, said: Said, status: int
-) -> None:
+def test_a_refusal_of_compressed_bodies_names_the_setting(spool: Spool, said: Said, status: int) -> None:
     def no_gzip(request: Request) -> bytes | None:
         return reply(status, "what is this?") if "content-encoding" in request.headers else None
 
@@ -1030,7 +1003,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-def test_no_reply_whatever_its_bytes_raises_or_breaks_a_line_of_the_log(
+def test_no_reply_raises_or_breaks_a_line_of_the_log(
     spool: Spool, said: Said, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = b""
@@ -1078,9 +1051,7 @@ def test_a_refused_connection_is_tried_again_and_named_without_the_path(spool: S
     assert "failed_uploads/a.json" in spool.names()
 
 
-def test_a_name_that_cannot_be_resolved_is_tried_again(
-    spool: Spool, said: Said, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_is_not_resolved_is_tried_again(spool: Spool, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_dns(*arguments: object, **more: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -1151,7 +1122,7 @@ def test_a_dripping_refusal_is_classified_by_its_status_in_bounded_time(spool: S
         assert dripping.outcome is sender.upload_packets(PACKETS).outcome
 
 
-def test_dripping_replies_over_tls_are_given_up_in_time(
+def test_dripping_over_tls_is_given_up_in_time(
     spool: Spool, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificates.bundle))
@@ -1167,9 +1138,7 @@ def test_a_dripping_reply_through_a_proxy_is_given_up_in_time(spool: Spool, monk
         assert time.monotonic() - began < 4
 
 
-def test_a_proxy_that_drips_its_answer_to_connect_is_given_up_in_time(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_that_drips_is_given_up_in_time(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     with ScriptedServer(lambda request: drip(b"HTTP/1.1 200 OK\r\nX: ", b"x")) as proxy:
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
         sender = spool.load(SERVER_URL="https://sensors.invalid/ingest", REQUEST_TIMEOUT=0.3)
@@ -1297,7 +1266,7 @@ def assert_nobody_noticed(said: Said, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(("keep_alive", "files"), [(1, 2), (0.02, 40)])
-def test_connections_that_uvicorn_closes_while_idle_are_not_even_noticed(
+def test_idle_connections_that_uvicorn_closes_are_not_noticed(
     spool: Spool, said: Said, tmp_path: Path, keep_alive: float, files: int
 ) -> None:
     with IngestApp(tmp_path, keep_alive=keep_alive) as app:
@@ -1309,9 +1278,7 @@ def test_connections_that_uvicorn_closes_while_idle_are_not_even_noticed(
     assert (app.requests, app.stored()) == (files, Counter(range(2 * files)))
 
 
-def test_connections_that_uvicorn_closes_at_the_very_moment_of_the_next_request_are_not_even_noticed(
-    spool: Spool, said: Said, tmp_path: Path
-) -> None:
+def test_connections_closed_at_the_very_moment_are_not_noticed(spool: Spool, said: Said, tmp_path: Path) -> None:
     with IngestApp(tmp_path, keep_alive=0.002) as app:
         sender = spool.load(SERVER_URL=app.url)
         clock = Clock(sender)
@@ -1381,9 +1348,7 @@ def test_a_fresh_connection_that_breaks_is_an_attempt(spool: Spool) -> None:
 
 
 @pytest.mark.parametrize("ending", [close, reset])
-def test_a_connection_that_breaks_between_two_batches_is_an_attempt(
-    spool: Spool, said: Said, ending: Behaviour
-) -> None:
+def test_a_connection_that_breaks_between_batches_is_an_attempt(spool: Spool, said: Said, ending: Behaviour) -> None:
     with ScriptedServer(lambda request: ending if request.number == 1 else None) as server:
         sender = spool.load(SERVER_URL=server.url)
         Clock(sender)
@@ -1434,7 +1399,7 @@ ODD_NETRCS = {"not UTF-8": b"machine elsewhere login \xfc password x"}
 @pytest.mark.parametrize("netrc", ODD_NETRCS.values(), ids=ODD_NETRCS)
 def test_a_netrc_with_an_odd_byte_is_told_and_ends_nothing(spool: Spool, netrc: bytes) -> None:
     (spool.folder / "netrc").write_bytes(netrc)
-    spool.drop("a.json", numbered(3))
+    spool.drop("a.json", capture(3))
     with ScriptedServer() as server:
         settings = {"SERVER_URL": server.url, "NETRC": spool.folder / "netrc", "PYTHONUTF8": 1}
         first = spool.run("--once", **settings)
@@ -1445,12 +1410,12 @@ def test_a_netrc_with_an_odd_byte_is_told_and_ends_nothing(spool: Spool, netrc: 
     assert server.stored == Counter([0, 1, 2])
 
 
-def test_a_proxy_that_needs_another_package_is_told_as_that(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch, said: Callable[..., list[str]]
+def test_a_proxy_that_needs_a_package_is_told_as_that(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, said: Said
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:9")
     sender = spool.load(SERVER_URL="http://127.0.0.2:9/ingest")
-    answer = sender.upload_with_retry(numbered(1))
+    answer = sender.upload_with_retry(capture(1))
     assert answer.outcome is sender.Outcome.MISCONFIGURED
     assert "SOCKS" in answer.reason
 
