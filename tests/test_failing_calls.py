@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import logging
 import os
 import subprocess
@@ -15,10 +14,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
-from conftest import Spool, packet, wait_until
+from conftest import Spool, wait_until
 from faults import AFTER, BEFORE, HALF, NETWORK, MoodyServer, Operation, watched
 from scenarios import SCENARIOS, B, Play, Stage, report, spread, stage_for
 
@@ -360,64 +359,6 @@ def test_a_full_disk_stops_no_upload_and_all_is_in_its_place_in_the_end(scenario
     told = Counter(line for line in daemon.said.lines if os.strerror(errno.ENOSPC) in line)
     assert told
     assert not too_often(told)
-
-
-@pytest.mark.parametrize("vanished", ["pending_upload", "failed_uploads", "processed", "."])
-def test_a_folder_that_vanishes_is_made_again(vanished: str, stage: Stage, tmp_path: Path) -> None:
-    play = stage("plain", "play")
-    with Daemon(play, lambda operation, phase: None) as daemon:
-        daemon.settle()
-        (play.spool.logs / vanished).rename(tmp_path / "elsewhere")  # at once: not a file at a time
-        wait_until(play.spool.pending.is_dir, "pending_upload/ made again")
-        content = play.spool.drop("new.json", [packet(100)])
-        daemon.wait_for(lambda: "processed/new.json" in daemon.names())
-    assert daemon.error is None
-    assert (play.spool.processed / "new.json").read_bytes() == content, play.spool.tree()
-
-
-def broken_records(record: dict[str, Any]) -> Iterator[bytes]:
-    """What may stand in a state file after an accident, or by a person's hand."""
-    yield from (b"", b"\0" * 300, b"{", b"[]", b"null", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"size": 1e999}')
-    oddities: tuple[Any, ...] = (None, -1, 10**30, 0.5, "x", True, [["a", 1]])
-    for key in record:
-        yield json.dumps({name: value for name, value in record.items() if name != key}).encode()
-        for value in oddities:
-            if value is True and isinstance(record[key], bool):
-                continue  # not broken
-            yield json.dumps({**record, key: value}).encode()
-
-
-def test_a_broken_record_is_told_once_and_costs_repeats_but_no_packet(
-    spool: Spool, tmp_path: Path, said: Said, record_property: Callable[[str, object], None]
-) -> None:
-    with MoodyServer(tmp_path / "ingest.sqlite3") as server:
-        packets = [packet(number) for number in range(5)]
-        data, state = spool.failed / "a.json", spool.failed / "a.json.state"
-        module = spool.load(SERVER_URL=server.url, BATCH_SIZE=2, MAX_RETRIES=1)
-        server.mood = lambda batch: 200 if batch[0]["length"] == 0 else 503
-        spool.drop("a.json", packets)
-        assert not module.process_json_file(spool.pending / "a.json")
-        content, mtime, record = data.read_bytes(), data.stat().st_mtime_ns, json.loads(state.read_bytes())
-        server.mood = lambda batch: 200
-        tried = 0
-        for tried, broken in enumerate(broken_records(record), 1):
-            server.start_afresh(tmp_path / f"{tried}.sqlite3")
-            server.mood = lambda batch: 503 if batch[0]["length"] == 4 else 200
-            data.write_bytes(content)
-            os.utime(data, ns=(mtime, mtime))
-            state.write_bytes(broken)
-            before = len(said(logging.WARNING))
-            module.retry_failed_uploads()
-            server.mood = lambda batch: 200
-            module.retry_failed_uploads()
-            told = [line for line in said(logging.WARNING)[before:] if "a.json.state" in line]
-            assert len(told) <= 1, broken
-            delivered = sorted(json.loads(text)["length"] for text in server.packets())
-            assert delivered == [0, 1, 2, 3, 4] or (delivered == [2, 3, 4] and not told), broken
-            assert server.repeats == 0
-            assert spool.names() == ["processed/a.json"], (broken, spool.tree())
-            (spool.processed / "a.json").unlink()
-        record_property("broken records", tried)
 
 
 # ---------------------------------------------------------------- real permissions

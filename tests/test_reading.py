@@ -19,7 +19,7 @@ import pytest
 from conftest import DATA, Spool, packet
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from ingest_server import IngestServer, split_packets
+from ingest_server import IngestServer
 from servers import ScriptedServer, reply
 
 settings.register_profile(
@@ -548,36 +548,6 @@ def test_any_packets_in_any_layout_come_out_as_the_files_own_text(
 
 
 numbers = itertools.count()
-
-
-@settings(examples, max_examples=60)
-@given(data=st.data(), packets=packets_of_any_kind, size=st.integers(1, 12), block=st.integers(16, 200))
-def test_any_packets_in_any_layout_reach_a_real_server_as_the_files_own_text(
-    readers: list[ModuleType],
-    ingest: IngestServer,
-    data: st.DataObject,
-    packets: list[dict[str, Any]],
-    size: int,
-    block: int,
-) -> None:
-    # A packet that came before would be dropped as a repeat, rightly: so each gets a number that never came before.
-    content = data.draw(layouts([{**one, "number": next(numbers)} for one in packets]))
-    module = data.draw(st.sampled_from(readers))
-    name = f"{next(numbers):09}.json"
-    (module.PENDING_DIR / name).write_bytes(content)
-    (module.PENDING_DIR / (name + ".ready")).touch()
-    before, requests_before = len(ingest.packets()), len(batch_sizes(ingest))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SERVER_URL", ingest.url)
-        patch.setattr(module, "BATCH_SIZE", size)
-        patch.setattr(module, "BLOCK", block)
-        assert module.process_json_file(module.PENDING_DIR / name)
-    assert ingest.packets()[before:] == split_packets(content.decode("utf-8-sig"))
-    sizes = batch_sizes(ingest)[requests_before:]
-    assert sum(sizes) == len(packets)
-    assert all(0 < received <= size for received in sizes)
-    assert (module.PROCESSED_DIR / name).read_bytes() == content
-    assert os.listdir(module.PENDING_DIR) == []
 
 
 @pytest.fixture(scope="module")

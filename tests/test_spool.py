@@ -27,7 +27,6 @@ from conftest import Said, Spool, packet, wait_until
 from ingest_server import IngestServer, split_packets
 
 X = "X.json"
-LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - [A-Z]+ - ")
 sentinels = itertools.count()
 
 
@@ -483,68 +482,6 @@ def test_the_largest_number_that_json_can_read_does_no_harm_in_a_record(spool: S
 
 
 # ---------------------------------------------------------------- names are data
-
-
-NAMES = [
-    *("with spaces  and two.json", "%s %d %(message)s %n.json", "{0} {name}.json", "-rf.json", "--once.json"),
-    *("[ab].json", "'quotes'.json", "$(touch gone) `touch gone`; &.json", "ünï日本😀.json", "#?&=.json"),
-    *(".hidden.json", ".json"),
-    *("a.ready.json", "a.state.json", "a.taken.json", "a.rejected.json", "a.json.json", "CAPS.json"),
-]
-if sys.platform != "win32":
-    NAMES += [
-        *("two\nlines.json", "cr\rlf\r\n.json", "tab\t.json", " leading.json", "\u2028.json", "\x7f\x9b.json"),
-        *("\x1b[31mred\x1b[0m\x07.json", 'double "quotes" \\ back\\slash.json', "\u202eright to left.json"),
-        *("*?<>|:.json", "x: y\r\nInjected-Header: z.json", "n" * 244 + ".json", "é" * 122 + ".json"),
-        "2026-11-23 10:20:00,123 - ERROR - forged\n2026-11-23 10:20:00,123 - INFO - line.json",
-    ]
-if sys.platform == "linux":  # macOS has names in UTF-8 only
-    NAMES += map(os.fsdecode, (b"\xff\xfe.json", b"caf\xe9 \xed\xa0\x80.json", b"\x80" * 244 + b".json"))
-
-
-def harmless(line: str) -> bool:
-    return line.isprintable() and LINE.match(line) is not None
-
-
-def test_no_name_is_more_than_a_name(spool: Spool, receiver: IngestServer) -> None:
-    """On disk, on the console and in requests: the names as they are, through the real program."""
-    contents = {name: spool.drop(name, capture(100 * number)) for number, name in enumerate(NAMES)}
-    ended = spool.run("--once", SERVER_URL=receiver.url, BATCH_SIZE=5)
-    assert ended.returncode == 0, ended.stderr
-    assert {name: (spool.processed / name).read_bytes() for name in contents} == contents
-    assert len(spool.names()) == len(contents), spool.tree()
-    assert sorted(receiver.packets()) == sorted(texts(*contents.values()))
-    assert all(map(harmless, ended.stderr.split("\n")[:-1])), ended.stderr
-    assert ended.stderr.count("processed successfully") == len(contents)
-
-
-def test_no_name_is_more_than_a_name_when_its_upload_fails(spool: Spool, receiver: IngestServer) -> None:
-    contents = {name: spool.drop(name, capture(100 * number)) for number, name in enumerate(NAMES)}
-    receiver.close()
-    first = spool.run("--once", SERVER_URL=receiver.url, MAX_RETRIES=1, RETRY_DELAY=0.001)
-    assert first.returncode == 1, first.stderr
-    assert all(map(harmless, first.stderr.split("\n")[:-1])), first.stderr
-    kept = sorted(path.read_bytes() for path in spool.failed.iterdir() if not path.name.endswith(".state"))
-    assert kept == sorted(contents.values()), spool.tree()
-    assert list(spool.pending.iterdir()) == []
-    with again(receiver) as server:
-        second = spool.run("--once", SERVER_URL=server.url)
-        assert second.returncode == 0, second.stderr
-        assert sorted(server.packets()) == sorted(texts(*contents.values()))
-    assert all(map(harmless, second.stderr.split("\n")[:-1])), second.stderr
-    assert sorted(path.read_bytes() for path in spool.processed.iterdir()) == sorted(contents.values())
-    assert len(spool.names()) == len(contents), spool.tree()
-
-
-def test_no_name_is_more_than_a_name_when_its_file_is_refused(spool: Spool, receiver: IngestServer) -> None:
-    for name in NAMES:
-        spool.drop(name, name.encode("utf-8", "surrogateescape"))  # no JSON, and to be found again
-    ended = spool.run("--once", SERVER_URL=receiver.url)
-    assert ended.returncode == 1
-    assert all(map(harmless, ended.stderr.split("\n")[:-1])), ended.stderr
-    assert ended.stderr.count("ERROR") == len(NAMES) + sum("ERROR" in name for name in NAMES), ended.stderr
-    kept = sorted(path.read_bytes() for path in spool.failed.iterdir() if not path.name.endswith(".state"))
-    assert kept == sorted(name.encode("utf-8", "surrogateescape") for name in NAMES)
 
 
 if sys.platform != "win32":  # where a path has at most 260 characters

@@ -89,37 +89,6 @@ def test_a_file_goes_out_as_posts_of_its_own_bytes(spool: Spool) -> None:
     assert spool.names() == ["processed/a.json"]
 
 
-LAYOUTS = {
-    "compact": json.dumps(capture(7), separators=(",", ":")).encode(),
-    "indented": json.dumps(capture(7), indent=4).encode(),
-    "with CRLF": json.dumps(capture(7), indent=1).replace("\n", "\r\n").encode(),
-    "with a byte-order mark": b"\xef\xbb\xbf" + json.dumps(capture(7)).encode(),
-    "spaced out": b' [\n {} ,\t{ } , {"a" : 1.0}\n,{"b":1e5} , {"c":-0}\r\n, {"d": 0.10} ] \n\n',
-    "in UTF-8": json.dumps(capture(7, dns_query="bücher.example ✓ 🦈"), ensure_ascii=False).encode(),
-    "escaped": json.dumps(capture(7, dns_query='bücher \u2028 " }, { \\')).encode(),
-    "full of separators": json.dumps(capture(7, note='}, {"a": [{}, {}]')).encode(),
-    "nested": json.dumps(capture(7, options=[{"kind": 1}, {"kind": [2, {}]}])).encode(),
-    "big numbers": b'[{"n": 12345678901234567890123}, {"n": 1.7976931348623157e308}, {"n": 0.1000000000000000055}]',
-}
-
-
-@pytest.mark.parametrize("content", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("size", [2, 1000])
-def test_packets_arrive_exactly_as_captured_in_any_layout(spool: Spool, content: bytes, size: int) -> None:
-    with ScriptedServer(lambda request: OK) as server:
-        spool.drop("a.json", content)
-        sender = spool.load(SERVER_URL=server.url, BATCH_SIZE=size)
-        assert sender.process_json_file(spool.pending / "a.json")
-    expected = json.loads(content.decode("utf-8-sig"))
-    assert [packet for request in server.requests for packet in request.packets] == expected
-    place = 0
-    for request in server.requests:
-        place = content.index(request.body[1:-1], place) + len(request.body) - 2  # each is a slice of the file
-        assert len(request.packets) <= size
-    assert content[place:].strip() == b"]"
-    assert (spool.processed / "a.json").read_bytes() == content
-
-
 def test_one_file_is_sent_by_hand_as_the_documentation_says(spool: Spool) -> None:
     with ScriptedServer() as server:
         spool.drop("a.json", capture(3))
