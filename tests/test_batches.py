@@ -118,6 +118,7 @@ STORED_BUT: dict[str, Answer] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", ["on", "off"])
 def test_a_server_that_stores_and_answers_too_late(
     spool: Spool, tmp_path: Path, record_property: Note, keys: str

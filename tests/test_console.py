@@ -21,6 +21,8 @@ from conftest import Spool, capture, console_lines, packet, wait_until
 from ingest_server import IngestServer
 from servers import Answer, Request, ScriptedServer, reply
 
+pytestmark = pytest.mark.slow
+
 LONG = 600  # seconds: a wait that a test would not survive
 HOUR, DAY = 3600, 86400  # seconds
 

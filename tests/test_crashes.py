@@ -20,6 +20,8 @@ from faults import AFTER, BEFORE, CRASHED, MoodyServer, Operation, watched
 from ingest_server import PacketStore
 from scenarios import SCENARIOS, Play, Stage, report, spread, stage_for
 
+pytestmark = pytest.mark.slow
+
 FAULTS = Path(__file__).with_name("faults.py")
 
 

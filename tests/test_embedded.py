@@ -282,6 +282,7 @@ def test_two_copies_serve_two_folders_side_by_side(tmp_path: Path, caplog: pytes
     assert server_two.stored == Counter([*range(100, 120), 200])
 
 
+@pytest.mark.slow
 def test_a_second_loop_on_the_same_folder_raises_and_names_the_pid_and_the_first_goes_on(spool: Spool) -> None:
     with ScriptedServer() as server:
         first, second = spool.load(SERVER_URL=server.url), spool.load(SERVER_URL=server.url)
@@ -392,6 +393,7 @@ def test_read_json_file_gives_the_reason_of_a_file_that_is_no_array_of_objects(s
             module.read_json_file(path)
 
 
+@pytest.mark.slow
 def test_a_second_loop_in_one_module_is_refused_and_leaves_the_first_one_stoppable(spool: Spool) -> None:
     module = spool.load(SERVER_URL="http://127.0.0.1:9/ingest")
     first = threading.Thread(target=module.monitor_and_upload, daemon=True)

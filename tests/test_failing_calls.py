@@ -21,6 +21,8 @@ from conftest import Spool, wait_until
 from faults import AFTER, BEFORE, HALF, NETWORK, MoodyServer, Operation, watched
 from scenarios import SCENARIOS, B, Play, Stage, report, spread, stage_for
 
+pytestmark = pytest.mark.slow
+
 ERRORS = {
     "open": (errno.EACCES, errno.EIO, errno.EMFILE, errno.EINTR),
     "create": (errno.ENOSPC, errno.EACCES, errno.EINTR),

@@ -26,6 +26,8 @@ from bench import generate_packets
 from conftest import DATA, Spool, packet, wait_until
 from nats.js.api import AckPolicy, ConsumerConfig
 
+pytestmark = pytest.mark.slow
+
 HTTP = requests.Session()
 HTTP.trust_env = False  # no proxy of this machine
 STREAM = "packets"
@@ -264,7 +266,6 @@ def post(receiver: Server, batch: bytes, key: str) -> requests.Response:
     return HTTP.post(f"{receiver.url}/ingest?sensor=by-hand", batch, headers=headers, timeout=30)
 
 
-@pytest.mark.slow
 def test_a_repeat_is_answered_like_the_first_time_by_either_receiver_and_stored_once(cluster: Cluster) -> None:
     before, batch = cluster.stored(), json.dumps([packet(1), packet(2)]).encode()
     answers = [post(receiver, batch, '"twice"') for receiver in (*cluster.receivers, *cluster.receivers)]
@@ -273,7 +274,6 @@ def test_a_repeat_is_answered_like_the_first_time_by_either_receiver_and_stored_
     assert cluster.read()["by-hand"].count(batch) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "key", "status"),
     [
@@ -289,7 +289,6 @@ def test_what_cannot_be_a_message_is_refused(cluster: Cluster, batch: bytes, key
     assert cluster.stored() == before
 
 
-@pytest.mark.slow
 def test_without_a_quorum_the_answer_is_503_with_retry_after_and_the_repeat_is_stored_once(cluster: Cluster) -> None:
     before, batch, (receiver, other) = cluster.stored(), json.dumps([packet(3)]).encode(), cluster.receivers
     for node in cluster.nodes[:2]:
@@ -343,7 +342,6 @@ def rate(fleet: list[Sensor], back: float) -> str:
     return f"all {len(fleet)} senders came within {spread:.1f} s; requests in each second: {figures}"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_whatever_is_killed_while_twenty_senders_upload_every_packet_is_in_the_stream_once(
     cluster: Cluster, fleet: list[Sensor], record_property: Callable[[str, object], None]

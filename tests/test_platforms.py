@@ -180,6 +180,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         assert {path.name: path.read_bytes() for path in spool.processed.iterdir()} == contents
         assert spool.names() == [f"processed/{name}" for name in sorted(contents)]
 
+    @pytest.mark.slow
     def test_on_windows_a_second_sender_exits_1_and_names_the_pid_and_status_knows_it_too(spool: Spool) -> None:
         with ScriptedServer(early=greet) as server:
             first = on_windows(spool, SERVER_URL=server.url)

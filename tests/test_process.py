@@ -24,6 +24,8 @@ from conftest import DATA, SETTINGS, Spool, capture, console_lines, packet, wait
 from ingest_server import IngestServer, split_packets
 from servers import Answer, Request, ScriptedServer, reply
 
+pytestmark = pytest.mark.slow
+
 LONG = 600  # seconds: a wait that a test would not survive
 SOON = 3.5  # seconds: "about a second" of SPEC section 8 on a busy machine, the process's own end included
 

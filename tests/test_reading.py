@@ -487,6 +487,7 @@ PATTERNS = [
 ]
 
 
+@pytest.mark.slow
 def test_json5_and_other_dialects_are_not_json(readers: list[ModuleType]) -> None:
     """The fast proof must not be laxer, nor stricter, than json: in every place of a packet, every such fragment."""
     accepted = 0
@@ -592,6 +593,7 @@ FLAT = b"[" + flat(12) + b"]"
 SAMPLES = [FLAT, SMALL, FLAT[:-1] + b", " + SMALL[1:], json.dumps([packet(1)] * 9, indent=1).encode()]
 
 
+@pytest.mark.slow
 @settings(examples, max_examples=300)
 @given(data=st.data(), block=st.integers(16, 300), size=st.integers(1, 5))
 def test_any_damage_is_harmless_or_refused(
@@ -724,6 +726,7 @@ if sys.platform != "win32":  # which has no getrusage
         assert code == 0, done.stderr
         return figure * (1 if sys.platform == "darwin" else 1024)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("indent", [None, 1], ids=["the sniffer's layout", "indented"])
     def test_a_hundred_times_the_packets_take_no_more_memory(spool: Spool, tmp_path: Path, indent: int | None) -> None:
         one = json.dumps(packet(1, padding="x" * 60), indent=indent).encode()
@@ -745,6 +748,7 @@ print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 if sys.platform != "win32":
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("one", "count"), [(b"{}", 2_000_000), (b'{"a":1}', 3_000_000)], ids=["{}", "a letter"])
     def test_millions_of_tiny_packets_take_no_memory_each(spool: Spool, one: bytes, count: int) -> None:
         """A small process between us and the sender keeps our own memory out of its figure."""

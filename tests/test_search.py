@@ -121,6 +121,7 @@ def test_a_batch_that_was_stored_but_not_answered_is_not_stored_again_by_a_serve
     assert "processed/a.json" in spool.names()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ANSWERED)
 def test_a_bad_packet_in_every_file_from_the_first_day_holds_up_no_other(spool: Spool, what: int) -> None:
     with ScriptedServer() as server:

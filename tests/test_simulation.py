@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from simulation import SCREEN, SENDER, compiled, play, play_all
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="lives have file names that other systems refuse")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="lives have file names that other systems refuse"),
+]
 
 FOUND = {  # what each has found in a sender.py of its time
     39: "a search in vain left its size, and the next round cut the same batch anew",
@@ -60,7 +63,7 @@ MUTATIONS = [
         "_free_path(PROCESSED_DIR, os.path.basename(path))",
         "os.path.join(PROCESSED_DIR, os.path.basename(path))",
     ),
-    ("the name of a file moved by hand is free", " or _exists(capture(free) + TAKEN)", ""),
+    ("the name of a file moved by hand is free", " or _exists(numbered(free) + TAKEN)", ""),
     ("the key is the file's", "sha256(batch.body)", "sha256(batch.label.encode())"),
     ("a 2xx is believed before its end", "if success:  #", "if False:  #"),
     ("a web page is believed", "Outcome.MISCONFIGURED if page else", "Outcome.DELIVERED if page else"),
@@ -89,7 +92,6 @@ def mutated(folder: Path, old: str, new: str) -> Path:
     return folder / "sender.py"
 
 
-@pytest.mark.slow
 def test_in_some_hundred_lives_all_is_as_it_must_be() -> None:
     wrong = [f"--seed {seed}: {what}" for _, some in play_all(SENDER, [*FOUND, *range(300)]) for seed, what in some]
     assert not wrong, "\n".join(wrong)
@@ -128,7 +130,6 @@ def test_a_life_that_goes_wrong_says_what_is_wrong(tmp_path: Path) -> None:
     assert " is sent under the key " in told.stdout.splitlines()[-1]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "old", "new"), MUTATIONS, ids=[row[0] for row in MUTATIONS])
 def test_lives_find_a_mutation(

@@ -406,6 +406,7 @@ if sys.platform != "win32":  # which has no FIFOs, and symlinks only for adminis
     DAMAGES["a dangling symlink"] = replaced_by_dangling_symlink
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["pending_upload", "failed_uploads"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_record_is_told_once_and_ignored(
@@ -434,6 +435,7 @@ def test_a_damaged_record_is_told_once_and_ignored(
     assert {path: path.read_bytes() for path in elsewhere} == elsewhere
 
 
+@pytest.mark.slow
 def test_no_lie_in_a_record_loses_a_packet_or_stops_the_sender(spool: Spool, receiver: IngestServer) -> None:
     """Each field, one by one, missing, of a wrong type or of an impossible value; and the two counts together."""
     taken_half_way(spool, receiver, capture(), batches=2)
@@ -715,6 +717,7 @@ def test_what_is_no_regular_file_is_told_once_and_left_alone(
     assert os.listdir(spool.processed) == ["Y.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("functions", ["open", "rename replace"])
 @pytest.mark.parametrize("impostor", IMPOSTORS.values(), ids=IMPOSTORS)
 def test_what_is_swapped_in_after_the_check_is_not_opened_followed_or_waited_for(
@@ -750,6 +753,7 @@ def test_what_is_swapped_in_after_the_check_is_not_opened_followed_or_waited_for
 # ---------------------------------------------------------------- files that change while they are read
 
 
+@pytest.mark.slow
 def test_a_file_that_is_cut_short_while_it_is_uploaded_is_kept_and_told(
     spool: Spool, receiver: IngestServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -832,6 +836,7 @@ print(json.dumps([code, used.ru_utime + used.ru_stime, used.ru_maxrss]))
 
     BEGINNINGS = (b"", b"[", b'[{"t": 1}', b'[{"t": 1}, {"t": 2}]', b'[{"t": 1}, ', b'[{"t": "', capture(count=9999))
 
+    @pytest.mark.slow
     def test_gigabytes_of_zeros_are_refused_at_little_cost(spool: Spool, receiver: IngestServer) -> None:
         spool.drop("small.json", capture(count=10_000))
         seconds, memory = cost(spool, receiver)

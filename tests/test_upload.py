@@ -1072,6 +1072,7 @@ SLOW: dict[str, Behaviour] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", SLOW.values(), ids=SLOW.keys())
 def test_a_server_that_times_out(spool: Spool, said: Said, answer: Behaviour) -> None:
     took = assert_given_up_in_time(spool, answer)
@@ -1079,6 +1080,7 @@ def test_a_server_that_times_out(spool: Spool, said: Said, answer: Behaviour) ->
     assert any("Request timed out" in line for line in said(logging.WARNING))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [400, 413, 500, 503])
 def test_a_dripping_refusal_is_classified_by_its_status_in_bounded_time(spool: Spool, status: int) -> None:
     head = reply(status).replace(b"Content-Length: 0", b"Content-Length: 100000")
@@ -1234,6 +1236,7 @@ def assert_nobody_noticed(said: Said, clock: Clock) -> None:
     assert clock.slept == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep_alive", "files"), [(1, 2), (0.02, 40)])
 def test_idle_connections_that_uvicorn_closes_are_not_noticed(
     spool: Spool, said: Said, tmp_path: Path, keep_alive: float, files: int
