@@ -383,16 +383,6 @@ def test_upload_with_retry_takes_a_list_and_tries_it_max_retries_times_under_one
     assert len(server.requests) == 7
 
 
-def test_read_json_file_gives_the_reason_of_a_file_that_is_no_array_of_objects(spool: Spool) -> None:
-    module = spool.load()
-    path = spool.folder / "a.json"
-    reasons = {"[1]": "object", "{}": "array", '[{"a": 1}': "byte", "[{}] x": "Extra data", "": "empty"}
-    for content, reason in reasons.items():
-        path.write_text(content)
-        with pytest.raises(ValueError, match=reason):
-            module.read_json_file(path)
-
-
 @pytest.mark.slow
 def test_a_second_loop_in_one_module_is_refused_and_leaves_the_first_one_stoppable(spool: Spool) -> None:
     module = spool.load(SERVER_URL="http://127.0.0.1:9/ingest")

@@ -562,15 +562,6 @@ def test_a_dotenv_as_windows_editors_write_it_is_read(spool: Spool, layout: str)
     assert server.sizes == [2, 1]
 
 
-def test_a_bad_value_in_a_dotenv_exits_2_like_one_in_the_environment(spool: Spool) -> None:
-    (spool.folder / ".env").write_text("BATCH_SIZE=0\n")
-    run = spool.run("--once")
-    assert run.returncode == 2
-    (line,) = console_lines(run.stderr)
-    assert "BATCH_SIZE" in line
-    assert spool.tree() == {}
-
-
 DOTENVS = {
     "UTF-16": "BATCH_SIZE=2\n".encode("utf-16"),
     "UTF-16 behind ASCII": b"BATCH_SIZE=2\n" + "API_TOKEN=x\n".encode("utf-16-le"),  # PowerShell 5: ... >> .env

@@ -672,30 +672,6 @@ def test_a_refused_file_changed_but_not_mended_is_told_once(spool: Spool, caplog
     assert [place(line) for line in refusals(caplog, "X.json") if "byte" in line] == [21], caplog.text
 
 
-def test_the_corrupt_capture_is_kept_and_told_and_never_sent_or_deleted(spool: Spool, tmp_path: Path) -> None:
-    content = spool.drop("X.json", CORRUPT.read_bytes())
-    with IngestServer(tmp_path / "ingest.sqlite3") as server:
-        first = spool.run("--once", SERVER_URL=server.url)
-        again = spool.run("--once", SERVER_URL=server.url)
-        assert batch_sizes(server) == []
-    assert (first.returncode, again.returncode) == (1, 1)
-    (line,) = [line for line in first.stderr.splitlines() if "X.json" in line]
-    assert place(line) == content.index(b"\0")
-    assert "X.json" not in again.stderr
-    assert (spool.failed / "X.json").read_bytes() == content
-    assert spool.names() == ["failed_uploads/X.json", "failed_uploads/X.json.state"]
-
-
-def test_one_file_by_hand_arrives_with_the_same_values(spool: Spool, tmp_path: Path) -> None:
-    """`upload_packets(read_json_file(path))` in a REPL is the documented way."""
-    path = tmp_path / "by hand.json"
-    path.write_bytes(VALID["every escape"])
-    with IngestServer(tmp_path / "ingest.sqlite3") as server:
-        module = spool.load(SERVER_URL=server.url)
-        assert module.upload_packets(module.read_json_file(path))
-        assert [json.loads(text) for text in server.packets()] == strictly(VALID["every escape"])
-
-
 @pytest.mark.parametrize("name", ["no such file.json", "logs"])
 def test_what_cannot_be_opened_is_an_os_error(reader: ModuleType, name: str) -> None:
     capture_path(reader).with_name("logs").mkdir(exist_ok=True)

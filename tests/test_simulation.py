@@ -105,14 +105,8 @@ def test_a_seed_is_one_life(seed: int) -> None:
 
 
 def tell(seed: int, sender: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("simulation.py")),
-        "--seed",
-        str(seed),
-        "--sender",
-        str(sender),
-    ]
+    command = [sys.executable, str(Path(__file__).with_name("simulation.py")), "--seed", str(seed)]
+    command += ["--sender", str(sender)]
     return subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, encoding="utf-8", timeout=100
     )

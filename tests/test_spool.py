@@ -467,22 +467,6 @@ def test_no_lie_in_a_record_loses_a_packet_or_stops_the_sender(spool: Spool, rec
     assert not found_out, "\n".join(map(str, found_out))
 
 
-def test_the_largest_number_that_json_can_read_does_no_harm_in_a_record(spool: Spool, receiver: IngestServer) -> None:
-    """Python reads integers of 4300 digits and writes no longer ones: counting one further must not end the sender."""
-    content = capture()
-    with failed_half_way(spool, receiver, content) as server:
-        record = record_of(spool, "failed_uploads")
-        module = load(spool, receiver)
-        server.close()
-        for field in record:
-            (spool.failed / "X.json.state").write_text(json.dumps({**record, field: 10**4300 - 1}))
-            module.retry_failed_uploads()
-            assert (spool.failed / X).read_bytes() == content, field
-    with again(receiver), serving(load(spool, receiver)):
-        wait_for(spool, "processed/X.json")
-    assert receiver.packets() == texts(content)
-
-
 # ---------------------------------------------------------------- names are data
 
 

@@ -89,26 +89,6 @@ def test_a_file_goes_out_as_posts_of_its_own_bytes(spool: Spool) -> None:
     assert spool.names() == ["processed/a.json"]
 
 
-def test_one_file_is_sent_by_hand_as_the_documentation_says(spool: Spool) -> None:
-    with ScriptedServer() as server:
-        spool.drop("a.json", capture(3))
-        sender = spool.load(SERVER_URL=server.url)
-        assert sender.upload_packets(sender.read_json_file(spool.pending / "a.json"))
-    (request,) = server.requests
-    assert request.packets == capture(3)
-    assert request.key == key_of(request.body)
-
-
-@pytest.mark.parametrize("status", [200, 301, 400, 401, 413, 415, 422, 500, 503])
-@pytest.mark.parametrize("compress", ["none", "gzip"])
-def test_upload_packets_is_exactly_one_post_whatever_the_answer(spool: Spool, status: int, compress: str) -> None:
-    with ScriptedServer(lambda request: reply(status)) as server:
-        sender = spool.load(SERVER_URL=server.url, COMPRESS=compress, RETRY_DELAY=5)
-        clock = Clock(sender)
-        assert bool(sender.upload_packets(PACKETS)) == (status == 200)
-    assert (len(server.requests), clock.slept) == (1, 0)
-
-
 def test_the_key_is_the_hash_of_the_batch_whatever_happens(
     spool: Spool,
 ) -> None:
@@ -339,16 +319,6 @@ def test_trouble_that_may_pass_is_tried_again_with_doubling_waits_and_none_after
     assert ["Retrying in" in line for line in said(logging.INFO)].count(True) == 3
     assert any("Retrying in 5 seconds..." in line for line in said(logging.INFO))
     assert not said(logging.ERROR), "it will be tried again: nobody is needed"
-
-
-@pytest.mark.parametrize("attempts", [1, 2, 7])
-def test_max_retries_counts_attempts(spool: Spool, attempts: int) -> None:
-    with ScriptedServer(lambda request: reply(503)) as server:
-        sender = spool.load(SERVER_URL=server.url, MAX_RETRIES=attempts, RETRY_DELAY=5)
-        clock = Clock(sender)
-        assert not sender.upload_with_retry(PACKETS)
-    assert len(server.requests) == attempts
-    assert (clock.slept == 0) == (attempts == 1)
 
 
 @pytest.mark.parametrize("status", AGAIN_LATER)
