@@ -438,7 +438,6 @@ def test_an_answer_that_nobody_asked_for_does_not_count_for_the_next_batch(spool
         ("soon", 5),
         ("1e2", 5),
         ("inf", 5),
-        ("9" * 5000, 5),
         ("nan", 5),
         ("30, 40", 5),
         ("²", 5),
