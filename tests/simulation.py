@@ -116,7 +116,7 @@ class Batch:
     told: bool = False  # the sender knows that they are
     lied: bool = False  # they are, and it was told of a failure
     lost_in_search: bool = False  # its last answer was lost, and it was a piece of a suspected batch
-    lost_by: int = -1  # the process that lost an answer
+    lost_by: int = -1  # the process that lost the answer of success
     rounds: set[object] = field(default_factory=set)  # in which it went without an answer
     excuse: str = ""  # it may be cut anew, whatever its answers: SPEC's (c) size, (d) person, (e) disk
 
@@ -578,7 +578,7 @@ class Ledger:
         batch.lost_in_search = what == "unanswered" and capture.search is not None
         if what == "unanswered":
             batch.rounds.add(self.round(self.path(capture)))
-            batch.lost_by = self.life.starts
+            batch.lost_by = self.life.starts if batch.stored else batch.lost_by
         this_round = self.round(self.path(capture))
         answered = batch.lost_by != self.life.starts or batch.rounds - {this_round} or capture.search is not None
         batch.lied = batch.stored and (batch.lied or (what in ("fault", "rejected") and bool(answered)))
