@@ -1564,12 +1564,11 @@ def monitor_and_upload(once: bool = False) -> None:
         bytes(16 << 20)  # having freed one large block, glibc keeps each batch's memory: a fifth less CPU
         _server.next_sweep, _server.next_refused = time.monotonic(), 0
         while not _stopping:
-            at_once = _upload_ready()  # more may have come meanwhile
-            if time.monotonic() >= _server.next_sweep:
+            if sweep := time.monotonic() >= _server.next_sweep:
                 retry_failed_uploads()
-                if KEEP_PROCESSED_DAYS:
-                    _prune_processed()
-            at_once |= not _server.next_sweep
+            at_once = _upload_ready() or not _server.next_sweep  # more may have come meanwhile
+            if sweep and KEEP_PROCESSED_DAYS:
+                _prune_processed()
             if once and not at_once:
                 break
             _nap(0 if at_once else POLL_INTERVAL)
