@@ -221,7 +221,7 @@ class Server:
     size: int = sys.maxsize  # packets in the next batch, where BATCH_SIZE allows them
     limit: int = sys.maxsize  # packets in the largest batch that passed, where larger ones did not
     at_limit: int = 0  # batches accepted at this limit
-    pinned_until: float = 0  # a search has found that it was not the server: until then, no batch waits for it
+    pinned_until: float = 0  # the last search has found that it was not the server: until then, no batch waits for it
     accepted: int = 0  # batches, in all
     turn: int = 0  # rounds that have failed, in all; like the one before, it goes on from the records of failed files
     down_since: Optional[float] = None  # the first trouble after a success
@@ -486,8 +486,9 @@ class Record:
     def read(cls, path: str) -> "Record":
         """A record from disk. Raises OSError, and one of _DAMAGED for what save() cannot have written."""
         with _open_regular(path, ours=True) as file:
-            record, blank = cls(**json.loads(file.read(LONGEST_RECORD))), cls(0, 0)
-        if any(type(value) is not type(getattr(blank, name)) for name, value in vars(record).items()):
+            size = os.fstat(file.fileno()).st_size  # else Python makes room for the longest
+            record = cls(**json.loads(file.read(min(size, LONGEST_RECORD))))
+        if [*map(type, vars(record).values())] != [*map(type, vars(cls(0, 0)).values())]:
             raise TypeError("wrong types")
         done, refused, row = record.uploaded, record.refused, record.row
         sound = 0 <= row <= done <= max(record.packets, 0) <= record.size and record.batch_size > 0
@@ -1163,6 +1164,7 @@ class Round:
         del record.refused[-record.row :]
         record.in_a_row += IN_A_ROW if self.heard else 0  # so no run of bad packets blocks its file for ever
         record.row, record.accepted, self.in_vain, self.ends = 0, _server.accepted, True, []
+        _server.pinned_until = 0
         self._size_next()
         return answer.outcome is Outcome.REJECTED or self.attempts == 1
 

@@ -684,15 +684,6 @@ def status_again_and_again(spool: Spool, url: str) -> Iterator[Path]:
             loop.wait()
 
 
-def test_status_disturbs_no_sender_that_starts_at_the_same_moment(spool: Spool) -> None:
-    with ScriptedServer(early=greet) as server, status_again_and_again(spool, server.url):
-        for number in range(5):
-            spool.drop(f"{number}.json", [packet(number)])
-            run = spool.run("--once", SERVER_URL=server.url)
-            assert run.returncode == 0, run.stderr
-    assert server.stored == Counter(range(5))
-
-
 if sys.platform != "win32":
     import fcntl
 

@@ -320,19 +320,3 @@ def test_before_a_batch_goes_out_a_record_that_lasts_tells_where_it_begins(scena
             assert offset == told["uploaded"] or offset in told["refused"], f"packet {offset} of {name}, {records}"
             requests += 1
     assert requests > 2
-
-
-@pytest.mark.parametrize("scenario", ["deliveries", "refusals"])
-def test_a_failed_file_finds_its_record_in_failed_uploads(scenario: str, stage: Stage) -> None:
-    before, events = record(stage(scenario, "recorded"))
-    moves = [
-        n
-        for n, event in enumerate(events)
-        if event.call == "rename"
-        and event.target.startswith("failed_uploads/")
-        and event.target.endswith(".json")
-        and event.path.endswith(".taken")
-    ]
-    assert moves
-    for number in moves:
-        assert f"{events[number].target}.state" in survivors(before, events[:number], lasting(events[:number]), 0)

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ UNANSWERED = (408, 502, 504, "reset", "closed", "time-out")
 
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
+
+
+def then_lost(*answers: Answer) -> Callable[[Request], Answer]:
+    """A server that gives these answers to the first requests, and takes what comes after."""
+    return lambda request: answers[request.number] if request.number < len(answers) else None
 
 
 class Sensor:
@@ -133,6 +139,32 @@ def test_a_bad_packet_in_every_file_from_the_first_day_holds_up_no_other(spool: 
         assert server.stored == Counter(set(range(1200)) - bad)
         assert len(server.requests) <= 12 * 40
     assert sensor.clock.slept == 0
+
+
+def test_a_reset_in_every_file_is_waited_for_no_more_once_a_search_has_found_a_packet(spool: Spool) -> None:
+    """It may be the server at first; after that, a sniffer that writes on must be kept pace with."""
+    with ScriptedServer() as server:
+        sensor = Sensor(spool, server)
+        bad = {100 * file + 17 for file in range(8)}
+        sensor.refuse("reset", bad)
+        assert not sensor.new("0.json", capture(100))
+        assert sensor.clock.slept > 2
+        sensor.sweep()
+        slept = sensor.clock.slept
+        for file in range(1, 8):
+            assert not sensor.new(f"{file}.json", capture(100, start=100 * file))
+        assert sensor.clock.slept == slept
+        sensor.sweep()
+        assert server.stored == Counter(set(range(800)) - bad)
+
+
+@pytest.mark.parametrize("then", [400, 500])
+def test_an_error_after_a_lost_answer_cuts_no_batch_anew(spool: Spool, then: int) -> None:
+    """The server has stored the batch; only under its old key can it tell."""
+    with ScriptedServer(then_lost(reset, reply(then))) as server:
+        assert Sensor(spool, server).new("a.json", capture(10))
+    assert len({request.key for request in server.requests}) == 1
+    assert server.stored == Counter(range(10))
 
 
 @pytest.mark.parametrize("what", [400, 413, 422])

@@ -211,6 +211,23 @@ def test_refused_packets_are_tried_at_the_start_when_it_is_back_and_once_an_hour
         assert alone() == 1, "the server is back"
 
 
+def test_refused_packets_do_not_prolong_an_outage(spool: Spool) -> None:
+    with ScriptedServer(lambda request: reply(422) if any(n % 100 == 3 for n in request.numbers) else None) as server:
+        sender, _ = load(spool, server)
+        for number in range(20):
+            spool.drop(f"{number}.json", capture(5, start=100 * number))
+            assert not sender.process_json_file(spool.pending / f"{number}.json")
+        server.script = lambda request: reply(500)
+        for _ in range(3):
+            server.requests.clear()
+            sender, _ = load(spool, server)
+            sender.retry_failed_uploads()
+            assert len(server.requests) == 3
+        server.script = lambda request: None
+        sender.retry_failed_uploads()
+    assert server.stored == Counter(100 * number + packet for number in range(20) for packet in range(5))
+
+
 def test_the_log_says_how_many_are_retried(spool: Spool, said: Said) -> None:
     with ScriptedServer() as server:
         for number in range(3):
