@@ -898,7 +898,7 @@ def _post(batch: Batch) -> tuple[int, Any, str]:
     return response.status_code, response.headers, text.decode(errors="replace")
 
 
-_HTML = re.compile(r"(?i)<(!doctype\s+html|html|head|body|script|meta)\b")
+_HTML = re.compile(r"(?i)<(!doctype\s+html|html|head|body|script|meta\s+http-equiv)\b")
 
 
 def _classify(status: int, text: str) -> Outcome:

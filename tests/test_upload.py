@@ -196,7 +196,7 @@ def test_a_web_page_for_a_2xx_is_no_delivery(spool: Spool, said: Said, page: str
     assert any("web page" in line for line in said(logging.ERROR))
 
 
-@pytest.mark.parametrize("words", ["ok", "<receipt>ok</receipt>"])
+@pytest.mark.parametrize("words", ["ok", '<?xml version="1.0"?><receipt><meta>1</meta></receipt>'])
 @pytest.mark.parametrize("kind", ["text/html", "application/json; charset", ";;=", ""])
 def test_ok_delivers_whatever_it_calls_itself(spool: Spool, words: str, kind: str) -> None:
     with ScriptedServer(lambda request: reply(200, words, f"Content-Type: {kind}")) as server:
