@@ -1162,6 +1162,8 @@ class Round:
             return False
         record.uploaded -= record.row
         del record.refused[-record.row :]
+        if record.uploaded < self.start:  # back in an earlier round: what was unanswered was another batch
+            record.unanswered = 0
         record.in_a_row += IN_A_ROW if self.heard else 0  # so no run of bad packets blocks its file for ever
         record.row, record.accepted, self.in_vain, self.ends = 0, _server.accepted, True, []
         _server.pinned_until = 0

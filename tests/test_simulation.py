@@ -24,6 +24,7 @@ FOUND = {  # what each has found in a sender.py of its time
     342: "a file that was moved by hand and a newcomer of its name shared one record",
     1191: "so a file that was moved by hand was sent again in other batches",
     1733: "refused packets were tried again at each sweep, while others passed",
+    5321: "refusals of an earlier round were taken back, and another batch passed for the unanswered one",
 }
 LIVES = 2000  # within so many each mutation must be found
 
