@@ -1082,6 +1082,7 @@ class Round:
             elif _stopping:
                 return Answer(Outcome.STOPPED)
             elif answer.outcome not in batch.suspected:
+                self.record.unanswered += self.attempts if answer.outcome is Outcome.UNANSWERED else 0
                 return answer
             elif batch.packets > 1:
                 self._divide(batch.packets, answer)
@@ -1230,7 +1231,6 @@ def _round(path: str, data: str, attempts: int, fresh: bool = False) -> Answer:
         if not answer:
             record.rounds, record.last_error = record.rounds + 1, answer.reason
             record.turn = _server.turn = _server.turn + 1
-            record.unanswered += attempts if answer.outcome is Outcome.UNANSWERED else 0
             record.time = datetime.now(timezone.utc).isoformat()
     try:
         _done(path, data, record) if answer else _failed(path, data, record, answer)
