@@ -536,7 +536,9 @@ def _load(path: str, data: str) -> Record:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):  # the latter: the name leaves no room for one
             raise
-    return record if record and record.belongs_to(status) else Record(status.st_size, status.st_mtime_ns)
+    record = record if record and record.belongs_to(status) else Record(status.st_size, status.st_mtime_ns)
+    _server.turn = max(_server.turn, record.turn)
+    return record
 
 
 def _forget(path: str) -> None:
@@ -1218,6 +1220,8 @@ def _round(path: str, data: str, attempts: int, fresh: bool = False) -> Answer:
     A taken file whose record tells of a failure needs only its move, and so does one whose packets are all delivered.
     """
     record = _load(path, data)
+    if path in _unsaved:  # the disk may take it now
+        record.save(path)
     if record.sent and not record.refused:
         answer = Answer(Outcome.DELIVERED)
     elif record.rounds and not fresh and os.path.dirname(path) != str(FAILED_DIR):
@@ -1419,7 +1423,7 @@ def _due(with_refused: bool) -> list[tuple[bool, int, str]]:
             only_refused = record.sent and bool(record.refused)
             if not record.unreadable and (with_refused or not only_refused):
                 due.append((only_refused, record.turn, name))
-            _server.turn, _server.accepted = max(_server.turn, record.turn), max(_server.accepted, record.accepted)
+            _server.accepted = max(_server.accepted, record.accepted)
         except FileNotFoundError:
             pass  # gone since the scan
         except OSError as error:
@@ -1547,8 +1551,8 @@ def _check_folders() -> None:
         except OSError as error:
             if error.errno == errno.EXDEV:
                 raise OSError(errno.EXDEV, "the three folders must be on one filesystem", str(folder)) from None
-            if error.errno != errno.ENOSPC:  # a full disk is no reason not to upload
-                _rest(str(folder), error, "files stay where they are until that is mended")
+            full = error.errno == errno.ENOSPC
+            _rest(str(folder), error, "uploads go on" if full else "files stay where they are until that is mended")
     _remove(last)
 
 

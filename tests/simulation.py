@@ -144,12 +144,17 @@ class Capture:
     search: tuple[int, int] | None = None  # the suspected batch whose pieces go out
     inherited: tuple[int, int] | None = None  # this process' first request, which may be larger than BATCH_SIZE
     tried: int = 0  # the last sweep
-    doubtful: bool = False  # the disk refused its record, or somebody changed it: it need not tell what is sent
+    doubtful: bool = False  # somebody changed it or its record, which need not tell what is sent
+    unsaved: bool = False  # nor where the disk refused that, until it has taken it
     disturbed: int = -1  # by a person or its producer, while that process lived
     ready: int | None = None  # turns of failed files when it became ready; None: not, or it has been tried
 
     def __str__(self) -> str:
         return ascii(self.name)[1:-1]
+
+    @property
+    def in_doubt(self) -> bool:
+        return self.doubtful or self.unsaved
 
     @property
     def numbers(self) -> range:
@@ -275,6 +280,9 @@ class Disk:
         if source in self.where:
             capture = self.where[target] = self.where.pop(source)
             self.life.tell(f"  {capture} is now {ascii(self.short(target))[1:-1]}", capture)
+        for path in (target[: -len(STATE)], target[: -len(STATE)] + TAKEN) if target.endswith(STATE) else ():
+            if path in self.where:
+                self.where[path].unsaved = False
 
     @contextlib.contextmanager
     def of_others(self) -> Iterator[None]:
@@ -512,9 +520,9 @@ class Ledger:
         batch = capture.batches.setdefault(span, Batch(*span))
         told = self.told_by_disk(capture)
         if span in told:
-            capture.doubtful &= self.life.disk.full or bool(self.life.disk.closed)  # else the disk's word is the last
+            capture.doubtful = False
             batch.excuse = batch.excuse if capture.disturbed == self.life.starts else ""
-        elif not capture.doubtful:
+        elif not capture.in_doubt:
             raise Wrong(f"{what} is sent, but the disk tells of {sorted(told)}")
         if batch.told and capture.disturbed != self.life.starts:
             raise Wrong(f"{what} is delivered, as the sender knows, and is sent again")
@@ -538,7 +546,7 @@ class Ledger:
         odd = (
             not last
             or last.excuse
-            or capture.doubtful
+            or capture.in_doubt
             or starts == capture.disturbed
             or starts != capture.last_round[0]
         )
@@ -573,12 +581,13 @@ class Ledger:
         if not (batch.excuse or batch.lied or unknown):  # (c) to (e), (b)
             raise Wrong(f"{capture} {batch} is stored without an answer, and cut anew to {what} for no listed reason")
 
-    def note_answer(self, capture: Capture, batch: Batch, reply: Reply) -> None:
+    def note_answer(self, capture: Capture, batch: Batch, reply: Reply, idle: bool) -> None:
+        """A reset of an idle connection is no answer: the repeat's is judged by itself."""
         what = outcome(reply)
         batch.lost_in_search = what == "unanswered" and capture.search is not None
         if what == "unanswered":
             batch.rounds.add(self.round(self.path(capture)))
-            batch.lost_by = self.life.starts if batch.stored else batch.lost_by
+            batch.lost_by = self.life.starts if batch.stored and not (reply == "reset" and idle) else batch.lost_by
         this_round = self.round(self.path(capture))
         answered = batch.lost_by != self.life.starts or batch.rounds - {this_round} or capture.search is not None
         batch.lied = batch.stored and (batch.lied or (what in ("fault", "rejected") and bool(answered)))
@@ -592,7 +601,7 @@ class Ledger:
             done, refused = record.get("uploaded", 0), record.get("refused", ())
             for span, batch in capture.batches.items():
                 batch.told &= capture.disturbed != self.life.starts and (batch is not capture.last or span not in told)
-                if capture.doubtful and (batch.end > done or span in told or batch.start in refused):
+                if capture.in_doubt and (batch.end > done or span in told or batch.start in refused):
                     batch.excuse, batch.told = "(e)", False
             capture.inherited = None
 
@@ -992,7 +1001,7 @@ class Life:
             self.tell(f"  refused: {call} {ascii(self.disk.short(paths[-1]))[1:-1]}")
         if any(path.endswith((STATE, ".tmp")) for path in paths):
             for capture in self.captures:
-                capture.doubtful = True
+                capture.unsaved = True
 
     # -------- the sender's doings
 
@@ -1012,12 +1021,12 @@ class Life:
             self.turns, self.last_capture = self.turns + (FAILED in path), capture
         if self.ended and FAILED in path and not repeat:  # at once, on a new connection
             raise Wrong(f"{capture} is tried, although this sweep has shown that it is the server")
-        batch = self.ledger.enter(capture, span)
+        batch, idle = self.ledger.enter(capture, span), 0.5 < self.now - self.server.used_at <= 60 + self.timeout
         self.check_turns()
         reply = self.disk.step("request", lambda: self.exchange(capture, batch), str(self.root / "server"))
         if reply in (*AWAY, "reset", "timeout", "truncated"):
             self.server.used_at = math.inf  # the next one goes over a connection of its own
-        self.ledger.note_answer(capture, batch, reply)
+        self.ledger.note_answer(capture, batch, reply, idle)
         self.answers.append((capture, outcome(reply)))
         capture.tried = self.sweeps
         ends = FAILED in path and outcome(reply) in ("away", "busy", "misconfigured")

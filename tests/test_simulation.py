@@ -25,6 +25,7 @@ FOUND = {  # what each has found in a sender.py of its time
     1191: "so a file that was moved by hand was sent again in other batches",
     1733: "refused packets were tried again at each sweep, while others passed",
     5321: "refusals of an earlier round were taken back, and another batch passed for the unanswered one",
+    9317: "turns went on from the records in failed_uploads/ alone, and a file that came later waited for long",
 }
 LIVES = 2000  # within so many each mutation must be found
 
