@@ -228,7 +228,7 @@ class Server:
     sweep_when_back: bool = False  # files have failed since the last sweep
     early_sweeps: bool = True  # after one in vain, not before one comes in its time: a bad file must not cost more
     next_sweep: float = 0  # 0: at once
-    next_refused: float = 0  # when packets that were refused may be tried again
+    next_refused: float = 0  # when packets that were refused may be tried again; 0: first of all, in their turn
     next_hint: float = 0
     hinted: int = 0  # files that a person was told of
     used_at: float = 0  # when the connection was last used; 0: there is none
@@ -252,7 +252,8 @@ class Server:
         if self.early_sweeps and (self.sweep_when_back or self.down_since is not None):
             self.early_sweeps, self.sweep_when_back, self.next_sweep = False, False, 0
         if self.down_since is not None:
-            away, self.down_since, self.next_refused = int(time.monotonic() - self.down_since), None, 0
+            now, since, self.down_since = time.monotonic(), self.down_since, None
+            self.next_refused, away = min(self.next_refused, now), int(now - since)
             logger.info("The server is back after %s; %s waiting", timedelta(seconds=away), _count(_waiting(), "file"))
 
 
@@ -469,7 +470,7 @@ class Record:
     rounds: int = 0  # that failed
     turn: int = 0  # the last one's number among those of all files: a clock that nobody puts back
     accepted: int = 0  # batches of any file that the server had accepted when a search was last in vain
-    unanswered: int = 0  # attempts, in rounds that ended without an answer to this very batch
+    unanswered: bool = False  # a round has ended without an answer to this very batch
     unreadable: bool = False  # no capture: not read again until it changes
     last_error: str = ""
     time: str = ""  # of the last failure, UTC
@@ -1084,7 +1085,7 @@ class Round:
             elif _stopping:
                 return Answer(Outcome.STOPPED)
             elif answer.outcome not in batch.suspected:
-                self.record.unanswered += self.attempts if answer.outcome is Outcome.UNANSWERED else 0
+                self.record.unanswered |= answer.outcome is Outcome.UNANSWERED
                 return answer
             elif batch.packets > 1:
                 self._divide(batch.packets, answer)
@@ -1127,11 +1128,11 @@ class Round:
             record.save(self.path)
             self.on_disk = (start, end)
         progress = f" ({end:,}/{record.packets:,} packets)" if end - start < record.packets else ""
-        # One without an answer goes through as many attempts as a round has, and then one more, before it is suspected:
-        # the server may have stored it, and one that knows keys can then say so.
-        suspected = () if self.in_vain else _PERHAPS if self.ends or record.unanswered >= MAX_RETRIES else _PERHAPS[:2]
-        body, unanswered = self.capture.cut(start, end), record.unanswered > 0
-        return Batch(body, end - start, self.attempts, self.label, progress, suspected, unanswered, bool(self.ends))
+        # One without an answer is suspected after a round and a sweep: the server may have stored it, and one that
+        # knows keys can then say so.
+        suspected = () if self.in_vain else _PERHAPS if self.ends or record.unanswered else _PERHAPS[:2]
+        body, in_doubt, searching = self.capture.cut(start, end), record.unanswered, bool(self.ends)
+        return Batch(body, end - start, self.attempts, self.label, progress, suspected, in_doubt, searching)
 
     def _size_next(self) -> None:
         """The first batch of a round keeps its size, whatever BATCH_SIZE is: it may be on the wire, unanswered."""
@@ -1141,7 +1142,7 @@ class Round:
 
     def _accepted(self, packets: int) -> None:
         self.works, self.heard, self.passed = True, True, max(self.passed, packets)
-        self.record.uploaded, self.record.row, self.record.unanswered = self.record.uploaded + packets, 0, 0
+        self.record.uploaded, self.record.row, self.record.unanswered = self.record.uploaded + packets, 0, False
         if not self.ends:
             _server.learn(packets)
             self.size = _server.size
@@ -1166,7 +1167,7 @@ class Round:
         record.uploaded -= record.row
         del record.refused[-record.row :]
         if record.uploaded < self.start:  # back in an earlier round: what was unanswered was another batch
-            record.unanswered = 0
+            record.unanswered = False
         record.in_a_row += IN_A_ROW if self.heard else 0  # so no run of bad packets blocks its file for ever
         record.row, record.accepted, self.in_vain, self.ends = 0, _server.accepted, True, []
         _server.pinned_until = 0
@@ -1175,7 +1176,7 @@ class Round:
 
     def _conclude(self) -> None:
         """Say what the search has found."""
-        self.record.unanswered, _server.pinned_until = 0, time.monotonic() + RETRY_FAILED_INTERVAL
+        self.record.unanswered, _server.pinned_until = False, time.monotonic() + RETRY_FAILED_INTERVAL
         if refused := self.record.refused[self.refused :]:
             what = f"the server refuses {_packets(refused)} alone, the others are delivered: {self.record.last_error}"
             logger.error("%s%s", self.label, what)
@@ -1409,10 +1410,16 @@ def _remove_orphans(folder: Path, names: set[str]) -> None:
 def _due(with_refused: bool) -> list[tuple[bool, int, str]]:
     """The failed files to try, least recently tried first: whether only refused packets are left, turn, name.
 
-    Not one that is no capture and has not changed; those with only refused packets where asked for, and last.
-    Raises OSError.
+    Not one that is no capture and has not changed; those with only refused packets where asked for, and last, unless
+    they had no turn the last time: else three files that always fail would hold them up for ever.
     """
-    due, names = [], _names(FAILED_DIR)
+    due: list[tuple[bool, int, str]] = []
+    try:
+        names = _names(FAILED_DIR)
+    except OSError as error:
+        _rest(str(FAILED_DIR), error, "failed uploads are not retried until that is mended")
+        return due
+    _resting.pop(str(FAILED_DIR), None)
     _remove_orphans(FAILED_DIR, names)
     for name in _failed_names(names):
         path = os.path.join(FAILED_DIR, name)
@@ -1422,7 +1429,7 @@ def _due(with_refused: bool) -> list[tuple[bool, int, str]]:
             record = _load(path, path + TAKEN if name + TAKEN in names else path)
             only_refused = record.sent and bool(record.refused)
             if not record.unreadable and (with_refused or not only_refused):
-                due.append((only_refused, record.turn, name))
+                due.append((only_refused and _server.next_refused > 0, record.turn, name))
             _server.accepted = max(_server.accepted, record.accepted)
         except FileNotFoundError:
             pass  # gone since the scan
@@ -1437,19 +1444,15 @@ def retry_failed_uploads() -> None:
     check_settings()
     _server.early_sweeps |= _server.next_sweep > 0  # this one comes in its time
     _server.sweep_when_back, _server.next_sweep = False, time.monotonic() + RETRY_FAILED_INTERVAL
-    due: list[tuple[bool, int, str]] = []
-    if with_refused := time.monotonic() >= _server.next_refused:
-        _server.next_refused = time.monotonic() + REFUSED_INTERVAL
     with contextlib.suppress(OSError):  # told by _upload_ready()
         _remove_orphans(PENDING_DIR, _names(PENDING_DIR))
-    try:
-        due = _due(with_refused)
-        _resting.pop(str(FAILED_DIR), None)
-    except OSError as error:
-        _rest(str(FAILED_DIR), error, "failed uploads are not retried until that is mended")
+    with_refused = time.monotonic() >= _server.next_refused
+    due = _due(with_refused)
+    if with_refused:
+        _server.next_refused = time.monotonic() + REFUSED_INTERVAL
     if due:
         logger.info("Retrying %d failed uploads...", len(due))
-    failed, accepted = 0, _server.accepted
+    failed, in_vain, accepted = 0, False, _server.accepted
     while due:
         _upload_ready()
         if _stopping or (due[0][0] and not _server.next_sweep):  # the server is back: first what has failed meanwhile
@@ -1463,14 +1466,15 @@ def retry_failed_uploads() -> None:
             continue
         _server.early_sweeps |= bool(answer) or answer.outcome in _ENDS_SWEEP
         failed += not answer and answer.outcome is not Outcome.UNREADABLE
-        if answer.outcome in _ENDS_SWEEP or (failed >= 3 and _server.accepted == accepted):
+        in_vain = failed >= 3 and _server.accepted == accepted
+        if in_vain or answer.outcome in _ENDS_SWEEP:
             if answer.retry_after:
                 _server.next_sweep = time.monotonic() + answer.retry_after
             if due and not _stopping:
                 logger.info("The other %s can wait: it is the server's trouble", _count(len(due), "failed upload"))
             break
     if due and with_refused:
-        _server.next_refused = 0  # at the next sweep: they have not had their turn
+        _server.next_refused = 0 if in_vain else time.monotonic()
 
 
 def _prune_processed() -> None:
