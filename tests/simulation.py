@@ -747,6 +747,11 @@ class Producer:
 # ---------------------------------------------------------------- a life
 
 
+def damaged(path: Path) -> bool:
+    """What a person has made of a record: nobody can tell that it was one, so it is kept."""
+    return path.suffix == STATE and path.read_bytes().endswith(b"\0")
+
+
 class Clock:
     """Stands in for the module `time`."""
 
@@ -1118,8 +1123,9 @@ class Life:
     def check_turns(self) -> None:
         """No ready file waits while three failed ones have their turns (SPEC 3, 6)."""
         for path, capture in self.disk.where.items() if not self.disk.refusals else ():
-            alone = PENDING in path and path + TAKEN not in self.disk.where
-            waits = 0 if capture.ready is None or not alone else self.turns - capture.ready
+            if path + TAKEN in self.disk.where:  # first the older one of its name, which may rest
+                capture.ready = self.turns
+            waits = 0 if capture.ready is None or PENDING not in path else self.turns - capture.ready
             if waits > 2 and capture.count and capture.valid and capture.disturbed != self.starts:
                 raise Wrong(f"{capture} is ready, and waits while {waits} failed files have their turns")
 
@@ -1140,7 +1146,7 @@ class Life:
             if missing and len(missing) < capture.count and record.get("refused") != numbers:
                 return f"{capture}: {numbers} are missing, listed are {record.get('refused')}"
         left = [n for n in os.listdir(self.root / PENDING) if not n.endswith(READY) and (newest or n[:4] != "now_")]
-        failed = set(os.listdir(self.root / FAILED))
+        failed = {path.name for path in (self.root / FAILED).iterdir() if not damaged(path)}
         left += [name for name in failed if name.endswith(STATE) and not failed & {name[:-6], name[:-6] + TAKEN}]
         return f"left over: {sorted(left)}" if left else ""
 
@@ -1270,6 +1276,7 @@ class Life:
         for folder in (PENDING, FAILED, PROCESSED):
             meant = {path: capture for path, capture in self.disk.where.items() if Path(path).parent.name == folder}
             found = {str(path) for path in (self.root / folder).iterdir() if path.suffix not in (READY, ".tmp")}
+            found -= {path for path in found if damaged(Path(path))}
             records = {path.replace(TAKEN, "") + STATE for path in meant} if folder == FAILED else set()
             records -= {path + STATE for path, capture in meant.items() if capture.disturbed >= 0}
             old = {path for path in found if path.endswith(".json") and Path(path).read_bytes().startswith(b"older")}
