@@ -280,9 +280,13 @@ class Disk:
         if source in self.where:
             capture = self.where[target] = self.where.pop(source)
             self.life.tell(f"  {capture} is now {ascii(self.short(target))[1:-1]}", capture)
-        for path in (target[: -len(STATE)], target[: -len(STATE)] + TAKEN) if target.endswith(STATE) else ():
-            if path in self.where:
-                self.where[path].unsaved = False
+        for capture in self.recorded(target):
+            capture.unsaved = False
+
+    def recorded(self, record: str) -> list[Capture]:
+        """Whose record this is."""
+        paths = (record[: -len(STATE)], record[: -len(STATE)] + TAKEN) if record.endswith(STATE) else ()
+        return [self.where[path] for path in paths if path in self.where]
 
     @contextlib.contextmanager
     def of_others(self) -> Iterator[None]:
@@ -300,6 +304,7 @@ class Disk:
         old = target or path
         content = Path(old).read_bytes() if call in ("rename", "unlink") and os.path.isfile(old) else None
         kept = os.stat(old).st_mtime_ns if content is not None else 0
+        unsaved = [capture for capture in self.recorded(target) if capture.unsaved]
 
         def restore() -> None:
             if call == "rename" and os.path.exists(target):
@@ -310,6 +315,8 @@ class Disk:
             if content is not None:
                 Path(old).write_bytes(content)
                 os.utime(old, ns=(kept, kept))
+            for capture in unsaved:
+                capture.unsaved = True
 
         self.undo.append(restore)
 
