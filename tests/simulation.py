@@ -1130,9 +1130,11 @@ class Life:
     def check_turns(self) -> None:
         """No ready file waits while three failed ones have their turns (SPEC 3, 6)."""
         for path, capture in self.disk.where.items() if not self.disk.refusals else ():
+            if capture.ready is None or PENDING not in path:
+                continue
             if path + TAKEN in self.disk.where:  # first the older one of its name, which may rest
                 capture.ready = self.turns
-            waits = 0 if capture.ready is None or PENDING not in path else self.turns - capture.ready
+            waits = self.turns - capture.ready
             if waits > 2 and capture.count and capture.valid and capture.disturbed != self.starts:
                 raise Wrong(f"{capture} is ready, and waits while {waits} failed files have their turns")
 
