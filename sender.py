@@ -470,7 +470,7 @@ class Record:
     rounds: int = 0  # that failed
     turn: int = 0  # the last one's number among those of all files: a clock that nobody puts back
     accepted: int = 0  # batches of any file that the server had accepted when a search was last in vain
-    unanswered: bool = False  # a round has ended without an answer to this very batch
+    unanswered: list[int] = field(default_factory=list)  # from and to: the batch that a round left without an answer
     unreadable: bool = False  # no capture: not read again until it changes
     last_error: str = ""
     time: str = ""  # of the last failure, UTC
@@ -1085,7 +1085,8 @@ class Round:
             elif _stopping:
                 return Answer(Outcome.STOPPED)
             elif answer.outcome not in batch.suspected:
-                self.record.unanswered |= answer.outcome is Outcome.UNANSWERED
+                if answer.outcome is Outcome.UNANSWERED:
+                    self.record.unanswered = [*self.on_disk]
                 return answer
             elif batch.packets > 1:
                 self._divide(batch.packets, answer)
@@ -1130,8 +1131,8 @@ class Round:
         progress = f" ({end:,}/{record.packets:,} packets)" if end - start < record.packets else ""
         # One without an answer is suspected after a round and a sweep: the server may have stored it, and one that
         # knows keys can then say so.
-        suspected = () if self.in_vain else _PERHAPS if self.ends or record.unanswered else _PERHAPS[:2]
-        body, in_doubt, searching = self.capture.cut(start, end), record.unanswered, bool(self.ends)
+        body, in_doubt, searching = self.capture.cut(start, end), record.unanswered == [start, end], bool(self.ends)
+        suspected = () if self.in_vain else _PERHAPS if searching or in_doubt else _PERHAPS[:2]
         return Batch(body, end - start, self.attempts, self.label, progress, suspected, in_doubt, searching)
 
     def _size_next(self) -> None:
@@ -1142,7 +1143,7 @@ class Round:
 
     def _accepted(self, packets: int) -> None:
         self.works, self.heard, self.passed = True, True, max(self.passed, packets)
-        self.record.uploaded, self.record.row, self.record.unanswered = self.record.uploaded + packets, 0, False
+        self.record.uploaded, self.record.row = self.record.uploaded + packets, 0
         if not self.ends:
             _server.learn(packets)
             self.size = _server.size
@@ -1166,8 +1167,6 @@ class Round:
             return False
         record.uploaded -= record.row
         del record.refused[-record.row :]
-        if record.uploaded < self.start:  # back in an earlier round: what was unanswered was another batch
-            record.unanswered = False
         record.in_a_row += IN_A_ROW if self.heard else 0  # so no run of bad packets blocks its file for ever
         record.row, record.accepted, self.in_vain, self.ends = 0, _server.accepted, True, []
         _server.pinned_until = 0
@@ -1176,7 +1175,7 @@ class Round:
 
     def _conclude(self) -> None:
         """Say what the search has found."""
-        self.record.unanswered, _server.pinned_until = False, time.monotonic() + RETRY_FAILED_INTERVAL
+        _server.pinned_until = time.monotonic() + RETRY_FAILED_INTERVAL
         if refused := self.record.refused[self.refused :]:
             what = f"the server refuses {_packets(refused)} alone, the others are delivered: {self.record.last_error}"
             logger.error("%s%s", self.label, what)

@@ -1287,10 +1287,12 @@ class Life:
             found = {str(path) for path in (self.root / folder).iterdir() if path.suffix not in (READY, ".tmp")}
             found -= {path for path in found if damaged(Path(path))}
             records = {path.replace(TAKEN, "") + STATE for path in meant} if folder == FAILED else set()
-            records -= {path + STATE for path, capture in meant.items() if capture.disturbed >= 0}
+            records -= {path.replace(TAKEN, "") + STATE for path, capture in meant.items() if capture.disturbed >= 0}
             old = {path for path in found if path.endswith(".json") and Path(path).read_bytes().startswith(b"older")}
             older_record = {path + STATE for path in old}
-            known = {path + STATE for path in meant}  # a person has taken one away; the next sweep makes it again
+            known = {
+                path.replace(TAKEN, "") + STATE for path in meant
+            }  # a person has taken one away; the next sweep makes it again
             if extra := (found - old - older_record - (known - records)) ^ (meant.keys() | records):
                 raise Wrong(f"in {folder}, too many or too few: {sorted(map(self.disk.short, extra))}")
             for path, capture in meant.items():

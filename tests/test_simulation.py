@@ -27,6 +27,7 @@ FOUND = {  # what each has found in a sender.py of its time
     5321: "refusals of an earlier round were taken back, and another batch passed for the unanswered one",
     9317: "turns went on from the records in failed_uploads/ alone, and a file that came later waited for long",
     27943: "three files that always failed came first in each sweep, and a refused packet had no turn",
+    58785: "a search was cut off, and in the next round a piece of it passed for the batch without an answer",
 }
 LIVES = 2000  # within so many each mutation must be found
 
@@ -71,7 +72,7 @@ MUTATIONS = [
     ("a 2xx is believed before its end", "if success:  #", "if False:  #"),
     ("a web page is believed", "Outcome.MISCONFIGURED if page else", "Outcome.DELIVERED if page else"),
     ("a wrong token is the batch's fault", "in (401, 407)", "in (407,)"),
-    ("an unanswered batch is searched at once", "self.ends or record.unanswered else", "True else"),
+    ("an unanswered batch is searched at once", "searching or in_doubt else", "True else"),
     ("the size is carried into a taken file", " if fresh and record.packets < 0 else record.batch_size", ""),
     ("BATCH_SIZE cuts a first batch anew", "piece if first else min(piece, BATCH_SIZE)", "min(piece, BATCH_SIZE)"),
     ("a search in vain leaves its size", "        self._size_next()\n        return", "        return"),
