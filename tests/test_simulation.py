@@ -79,7 +79,7 @@ MUTATIONS = [
     ("no more are refused in a row each round", "IN_A_ROW if self.heard else 0", "0"),
     ("an error after a lost answer hides it", "if batch.unanswered and answer", "if False and answer"),
     ("refused packets are dropped", "record.refused.append(record.uploaded)", "pass"),
-    ("refused packets are not tried again", "time.monotonic() >= _server.next_refused:", "False:"),
+    ("refused packets are not tried again", "time.monotonic() >= _server.next_refused", "False"),
     ("a sweep ends at its first failure", "failed >= 3 and", "failed >= 1 and"),
     ("a sweep ends although files pass", "failed >= 3 and _server.accepted == accepted", "failed >= 3"),
     ("a sweep holds up new files", "        _upload_ready()\n        if _stopping", "        if _stopping"),
