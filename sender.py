@@ -626,28 +626,21 @@ def _changed(path: str) -> OSError:
     return OSError(errno.EBUSY, "it changed while it was read", path)
 
 
-class Capture(contextlib.AbstractContextManager["Capture"]):
-    """A capture file, open, from which batches are cut.
+class Capture:
+    """An open capture file, from which batches are cut.
 
     Made only when the whole file is proved to be one UTF-8 JSON array of objects; raises NotACapture otherwise, and
     OSError. Valid pieces make a valid whole: it is read block by block, each cut at its last separator, and what is
     before the cut proved. In memory is one mark for each block of packets.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path, self._file = path, _open_regular(path)
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.status = file, os.fstat(file.fileno())
         self._marks: list[tuple[int, int]] = []  # a packet's number, and its byte offset; at last the end
         self._separator = b""  # what stands between two packets, and all others of most files
-        self._tail = 0  # of the separator, what belongs to the packet behind it
+        self._gap = 0  # bytes from where it begins to the packet behind it
         self._last = (-1, 0)  # the last batch's end, packet number and byte offset: mostly the next one's beginning
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(self._file.close)
-            self.status = os.fstat(self._file.fileno())
-            self._index()
-            on_error.pop_all()
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        self._index()
 
     def __len__(self) -> int:
         return self._marks[-1][0]
@@ -682,19 +675,14 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
 
     def _packets(self, data: bytes, last: bool, number: int, base: int) -> tuple[int, int, bool]:
         """Of a block: how many packets are whole in it, how many bytes they take, and whether the array ends there."""
-        if self._separator:
-            cut = data.rfind(self._separator)
-            body, used = data[: cut + 1], cut + len(self._separator) - self._tail
-            if last:
-                body, used = data.rstrip(_WHITE), len(data)
-                body = body[:-1].rstrip(_WHITE) if body.endswith(b"]") else b""
-            if count := _prove(body, self._separator):
-                return count, used, last
-        limit = sys.maxsize if number or not sqlite3 else 2  # the first two packets show what separates them
+        cut = data.rfind(self._separator) if self._separator else -1
+        if count := _prove(data[: cut + 1], self._separator):
+            return count, cut + self._gap, False
+        limit = sys.maxsize if number else 2  # the first two packets show what separates them
         starts, used, closed = _walk(data, last, limit, number, base)
         between = len(starts) > 1 and not self._separator and _SEPARATOR.match(data, data.rfind(b"}", 0, starts[1]))
-        if between and sqlite3:
-            self._separator, self._tail = between[0], len(between[1])
+        if between:
+            self._separator, self._gap = between[0], between.start(1) - between.start()
         return len(starts), used, closed
 
     def _offset(self, number: int) -> int:
@@ -709,11 +697,11 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         for _ in range(behind if self._separator else 0):
             at = block.find(self._separator, at + 1)
         if at >= 0 and _prove(block[: at + 1], self._separator) == behind:
-            return offset + at + len(self._separator) - self._tail
+            return offset + at + self._gap
         try:
             return offset + _walk(block, False, behind + 1)[0][behind]
         except (NotACapture, IndexError):
-            raise _changed(self._path) from None
+            raise _changed(self._file.name) from None
 
     def cut(self, start: int, stop: int) -> bytes:
         """Packets `start` to `stop` as a JSON array: their bytes, and what stands between them, as in the file."""
@@ -722,13 +710,14 @@ class Capture(contextlib.AbstractContextManager["Capture"]):
         self._file.seek(begin)
         text = self._file.read(self._last[1] - begin)
         if not Record(self.status.st_size, self.status.st_mtime_ns).belongs_to(os.fstat(self._file.fileno())):
-            raise _changed(self._path)  # what was proved is no more
+            raise _changed(self._file.name)  # what was proved is no more
         return b"".join((b"[", memoryview(text)[: text.rfind(b"}") + 1], b"]"))
 
 
 def read_json_file(json_path: AnyPath) -> list[dict[str, Any]]:
     """The whole file as a list of packet dicts. Raises ValueError with the reason if it is no JSON array of objects."""
-    with Capture(os.fspath(json_path)) as capture:
+    with _open_regular(os.fspath(json_path)) as file:
+        capture = Capture(file)
         try:
             packets: list[dict[str, Any]] = json.loads(capture.cut(0, len(capture)))
         except RecursionError:  # SQLite's limit for nesting is the higher one
@@ -1198,7 +1187,8 @@ def _packets(numbers: list[int]) -> str:
 def _upload(path: str, data: str, record: Record, size: int, attempts: int) -> Answer:
     """Send what is left of `data`. Raises OSError where a file operation fails."""
     try:
-        with Capture(data) as capture:
+        with _open_regular(data) as file:
+            capture = Capture(file)
             if not record.belongs_to(capture.status):
                 raise _changed(data)
             if record.packets not in (-1, len(capture)):

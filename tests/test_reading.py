@@ -64,7 +64,8 @@ def batches(module: ModuleType, content: bytes, size: int, block: int = NORMAL) 
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", block)
-        with module.Capture(path) as capture:
+        with open(path, "rb") as file:
+            capture = module.Capture(file)
             stops = [*range(0, len(capture), size), len(capture)]
             return [capture.cut(start, stop) for start, stop in zip(stops, stops[1:])]
 
@@ -230,7 +231,8 @@ def test_an_endless_separator_is_no_pattern_to_search_for(readers: list[ModuleTy
     assert assert_agrees_with_json(readers, content, 2, NORMAL)
     path = capture_path(readers[0])
     path.write_bytes(content)
-    with readers[0].Capture(str(path)) as capture:
+    with open(path, "rb") as file:
+        capture = readers[0].Capture(file)
         assert len(capture) == 3
         assert not capture._separator
 
