@@ -1316,13 +1316,16 @@ def process_json_file(json_path: AnyPath) -> bool:
 
 
 def _names(folder: Path) -> set[str]:
-    """The names in a folder; one that is missing is made. Raises OSError."""
+    """The names in a folder. One that is missing is made; one that cannot be read is told, and counts as empty."""
     try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
-    except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True)
+        with os.scandir(folder) as entries:
+            names = {entry.name for entry in entries}
+    except OSError as error:
+        _rest(str(folder), error, "nothing in it is uploaded or deleted until that is mended")
         return set()
+    _resting.pop(str(folder), None)
+    return names
 
 
 def _ready(names: set[str]) -> list[str]:
@@ -1339,11 +1342,9 @@ def _failed_names(names: set[str]) -> set[str]:
 
 
 def _waiting() -> int:
-    """How many files are still to be delivered, in both folders; at least one where they cannot be read."""
-    try:
-        return len(_ready(_names(PENDING_DIR))) + len(_failed_names(_names(FAILED_DIR)))
-    except OSError:
-        return 1
+    """How many files are still to be delivered, in both folders; one for a folder that cannot be read."""
+    waiting = len(_ready(_names(PENDING_DIR))) + len(_failed_names(_names(FAILED_DIR)))
+    return waiting + len(_resting.keys() & {str(PENDING_DIR), str(FAILED_DIR)})
 
 
 def _stuck(names: set[str]) -> list[str]:
@@ -1364,12 +1365,7 @@ def _upload_ready() -> bool:
     for path, record in [*_unsaved.items()]:
         if not _rests(path + STATE):  # the disk may have room again
             record.save(path)
-    try:
-        names = _names(PENDING_DIR)
-    except OSError as error:
-        _rest(str(PENDING_DIR), error, "nothing can be uploaded until that is mended")
-        return False
-    _resting.pop(str(PENDING_DIR), None)
+    names = _names(PENDING_DIR)
     if time.monotonic() >= _server.next_hint:
         stuck, told, _server.next_hint = _stuck(names), _server.hinted, time.monotonic() + 60
         _server.hinted = len(stuck)
@@ -1402,13 +1398,7 @@ def _due(with_refused: bool) -> list[tuple[bool, int, str]]:
     Not one that is no capture and has not changed; those with only refused packets where asked for, and last, unless
     they had no turn the last time: else three files that always fail would hold them up for ever.
     """
-    due: list[tuple[bool, int, str]] = []
-    try:
-        names = _names(FAILED_DIR)
-    except OSError as error:
-        _rest(str(FAILED_DIR), error, "failed uploads are not retried until that is mended")
-        return due
-    _resting.pop(str(FAILED_DIR), None)
+    names, due = _names(FAILED_DIR), []
     _remove_orphans(FAILED_DIR, names)
     for name in _failed_names(names):
         path = os.path.join(FAILED_DIR, name)
@@ -1433,8 +1423,7 @@ def retry_failed_uploads() -> None:
     check_settings()
     _server.early_sweeps |= _server.next_sweep > 0  # this one comes in its time
     _server.sweep_when_back, _server.next_sweep = False, time.monotonic() + RETRY_FAILED_INTERVAL
-    with contextlib.suppress(OSError):  # told by _upload_ready()
-        _remove_orphans(PENDING_DIR, _names(PENDING_DIR))
+    _remove_orphans(PENDING_DIR, _names(PENDING_DIR))
     with_refused = time.monotonic() >= _server.next_refused
     due = _due(with_refused)
     if with_refused:
@@ -1468,21 +1457,15 @@ def retry_failed_uploads() -> None:
 
 def _prune_processed() -> None:
     """Delete what was captured more than KEEP_PROCESSED_DAYS ago."""
-    oldest, pruned, path = time.time() - KEEP_PROCESSED_DAYS * 86400, 0, str(PROCESSED_DIR)
-    try:
-        entries = os.scandir(path)
-    except OSError as error:
-        _rest(path, error, "nothing is deleted from it until that is mended")
-        return
-    with entries:
-        for entry in entries:
-            try:
-                file = not _stopping and entry.name.endswith(".json") and entry.is_file(follow_symlinks=False)
-                if file and entry.stat().st_mtime < oldest:
-                    os.unlink(entry.path)
-                    pruned += 1
-            except OSError as error:
-                _rest(entry.path, error, "it stays until that is mended")
+    oldest, pruned = time.time() - KEEP_PROCESSED_DAYS * 86400, 0
+    for path in (os.path.join(PROCESSED_DIR, name) for name in _names(PROCESSED_DIR) if name.endswith(".json")):
+        try:
+            status = os.lstat(path)
+            if not _stopping and stat.S_ISREG(status.st_mode) and status.st_mtime < oldest:
+                os.unlink(path)
+                pruned += 1
+        except OSError as error:
+            _rest(path, error, "it stays until that is mended")
     if pruned:
         logger.info("Deleted %s from processed/: older than %g days", _count(pruned, "file"), KEEP_PROCESSED_DAYS)
 
