@@ -161,8 +161,8 @@ READY, TAKEN, STATE, TEMPORARY = ".ready", ".taken", ".state", ".sender.tmp"
 NO_DATA = re.compile(r"(?s).*(\.state|\.taken|\.ready|\.tmp|~|\.swp|\.bak)|\.gitkeep|\.DS_Store")
 
 BLOCK = 128 * 1024  # bytes read and proved at a time: enough to be fast, and they stay in the CPU's cache
-LONGEST_PACKET = 4 * 1024 * 1024  # bytes; a longer one is damage, and not worth the memory
 LONGEST_RECORD = 64 * 1024 * 1024  # bytes
+LONGEST_PACKET = 4 * 1024 * 1024  # bytes; a longer one is damage, and not worth the memory
 REPLY_LIMIT = 8 * 1024  # bytes of a reply that are read
 RETRY_AFTER_LIMIT = 60  # seconds of a Retry-After that are honoured
 IDLE_LIMIT = 60  # seconds after which a NAT may have forgotten a connection
@@ -181,7 +181,7 @@ def check_settings() -> None:
 
 
 class Outcome(enum.Enum):
-    """What one POST came to; truthy only for success. Each asks for a move of its own."""
+    """What one POST came to. Each asks for a move of its own."""
 
     DELIVERED = "2xx to the whole body, and the whole reply read"
     AWAY = "no connection: nothing was sent; again later"
@@ -194,9 +194,6 @@ class Outcome(enum.Enum):
     UNREADABLE = "the file is not an array of packets, or too much for the memory"
     STOPPED = "asked to stop: the next start goes on"
 
-    def __bool__(self) -> bool:
-        return self is Outcome.DELIVERED
-
 
 _AGAIN = (Outcome.AWAY, Outcome.BUSY, Outcome.UNANSWERED, Outcome.FAULT)
 _PERHAPS = (Outcome.FAULT, Outcome.REJECTED, Outcome.UNANSWERED)  # it may be about the batch
@@ -204,14 +201,14 @@ _ENDS_SWEEP = (Outcome.AWAY, Outcome.BUSY, Outcome.MISCONFIGURED, Outcome.STOPPE
 
 
 class Answer(NamedTuple):
-    """What a batch came to, and why, in words for a person. Times are seconds."""
+    """What a batch came to, and why, in words for a person; truthy only for success. Times are seconds."""
 
     outcome: Outcome
     reason: str = ""
     retry_after: float = 0
 
     def __bool__(self) -> bool:
-        return bool(self.outcome)
+        return self.outcome is Outcome.DELIVERED
 
 
 @dataclass
@@ -493,7 +490,6 @@ class Record:
             raise TypeError("wrong types")
         done, refused, row = record.uploaded, record.refused, record.row
         sound = 0 <= row <= done <= max(record.packets, 0) <= record.size and record.batch_size > 0
-        sound &= max(record.size, record.batch_size, record.in_a_row, record.accepted, record.turn) < sys.maxsize
         sound &= refused == sorted({n for n in refused if type(n) is int and n in range(done)})
         if not sound or refused[len(refused) - row :] != [*range(done - row, done)]:
             raise ValueError("wrong numbers")
@@ -521,7 +517,7 @@ class Record:
             _rest(path + STATE, error, "the upload goes on, but a crash now would send packets again")
 
 
-_DAMAGED = (Untrusted, ValueError, TypeError, RecursionError)  # what a record can be that is not ours
+_DAMAGED = (Untrusted, ValueError, TypeError, RecursionError, MemoryError)  # what a record can be that is not ours
 
 
 def _load(path: str, data: str) -> Record:
@@ -933,7 +929,7 @@ def _ask(batch: Batch) -> Answer:
     finally:
         _server.took = time.monotonic() - _server.started
     outcome, wait = _classify(status, text), 0.0
-    if outcome:
+    if outcome is Outcome.DELIVERED:
         _check_count(batch, text)
     with contextlib.suppress(HTTPError, ValueError, OverflowError):  # nonsense
         wait = min(urllib3.Retry().parse_retry_after(headers.get("Retry-After", "0")), RETRY_AFTER_LIMIT)
@@ -1256,11 +1252,7 @@ def _failed(path: str, data: str, record: Record, answer: Answer) -> None:
     # would stand in failed_uploads/ without any, and all of it would be sent again.
     record.save(target)
     if target != path:
-        try:
-            _move(data, target)
-        except OSError:
-            _forget(target)
-            raise
+        _move(data, target)  # where that fails, the next sweep removes the record
         _forget(path)
     _server.sweep_when_back |= answer.outcome in (Outcome.AWAY, Outcome.BUSY)
     why, then = answer.reason, f"next try within {RETRY_FAILED_INTERVAL:g} seconds"
@@ -1457,15 +1449,21 @@ def retry_failed_uploads() -> None:
 
 def _prune_processed() -> None:
     """Delete what was captured more than KEEP_PROCESSED_DAYS ago."""
-    oldest, pruned = time.time() - KEEP_PROCESSED_DAYS * 86400, 0
-    for path in (os.path.join(PROCESSED_DIR, name) for name in _names(PROCESSED_DIR) if name.endswith(".json")):
-        try:
-            status = os.lstat(path)
-            if not _stopping and stat.S_ISREG(status.st_mode) and status.st_mtime < oldest:
-                os.unlink(path)
-                pruned += 1
-        except OSError as error:
-            _rest(path, error, "it stays until that is mended")
+    oldest, pruned, path = time.time() - KEEP_PROCESSED_DAYS * 86400, 0, str(PROCESSED_DIR)
+    try:
+        entries = os.scandir(path)
+    except OSError as error:
+        _rest(path, error, "nothing is deleted from it until that is mended")
+        return
+    with entries:
+        for entry in entries:
+            try:
+                file = not _stopping and entry.name.endswith(".json") and entry.is_file(follow_symlinks=False)
+                if file and entry.stat().st_mtime < oldest:
+                    os.unlink(entry.path)
+                    pruned += 1
+            except OSError as error:
+                _rest(entry.path, error, "it stays until that is mended")
     if pruned:
         logger.info("Deleted %s from processed/: older than %g days", _count(pruned, "file"), KEEP_PROCESSED_DAYS)
 

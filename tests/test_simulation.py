@@ -49,8 +49,8 @@ MUTATIONS = [
     ),
     (
         "a record follows its file to failed_uploads/",
-        "_move(data, target)\n        except",
-        "_remove(target + STATE), _move(data, target), record.save(target)\n        except",
+        "_move(data, target)  # where",
+        "_remove(target + STATE), _move(data, target), record.save(target)  # where",
     ),
     (
         "a taken file's record is removed",
