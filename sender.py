@@ -1308,13 +1308,13 @@ def process_json_file(json_path: AnyPath) -> bool:
 
 
 def _names(folder: Path) -> set[str]:
-    """The names in a folder. One that is missing is made; one that cannot be read is told, and counts as empty."""
+    """The names in a folder. One that is missing is made; one that cannot be read is told and counts as empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with os.scandir(folder) as entries:
             names = {entry.name for entry in entries}
     except OSError as error:
-        _rest(str(folder), error, "nothing in it is uploaded or deleted until that is mended")
+        _rest(str(folder), error, "nothing in it is uploaded until that is mended")
         return set()
     _resting.pop(str(folder), None)
     return names
