@@ -1641,8 +1641,9 @@ def _facts() -> dict[str, Any]:
     }
 
 
-def print_status(as_json: bool = False) -> bool:
-    """Print how things stand, as a table or as one JSON object; True when all is well. Nothing is changed."""
+def print_status(as_json: bool = False) -> int:
+    """Print how things stand, as a table or as one JSON object; returns the exit status. Nothing is changed."""
+    logger.setLevel(logging.CRITICAL)  # what is amiss stands in the table
     facts = _facts()
     lines = [f"Sender  {'running (pid ' + facts['pid'] + ')' if facts['running'] else 'not running'}"]
     lines.append(f"Server  {facts['server_trouble'] or 'reachable'}, {facts['server']}")
@@ -1659,8 +1660,13 @@ def print_status(as_json: bool = False) -> bool:
     lines.append(f"\nNot well: {', '.join(facts['problems'])}." if facts["problems"] else "\nAll is well.")
     fill = functools.partial(textwrap.fill, width=80, subsequent_indent=" " * 8, break_on_hyphens=False)
     table = "\n".join(fill(line) if len(line) > 80 else line for line in "\n".join(lines).split("\n"))
-    print(json.dumps(facts, indent=1) if as_json else table, flush=True)
-    return bool(facts["well"])
+    try:
+        print(json.dumps(facts, indent=1) if as_json else table, flush=True)
+    except BrokenPipeError:  # the console has gone: --status | head -1
+        with contextlib.suppress(AttributeError, OSError):  # what is still buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0 if facts["well"] else 1
 
 
 # ---------------------------------------------------------------- the command
@@ -1728,17 +1734,6 @@ def _run(once: bool) -> int:
     return status[0]
 
 
-def _show_status(as_json: bool) -> int:
-    """Print how things stand; returns the exit status."""
-    logger.setLevel(logging.CRITICAL)  # what is amiss stands in the table
-    try:
-        return 0 if print_status(as_json) else 1
-    except BrokenPipeError:  # the console has gone: --status | head -1
-        with contextlib.suppress(AttributeError, OSError):  # what is still buffered goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
 def main(arguments: Optional[list[str]] = None) -> int:
     """The command line; returns the exit status."""
     shown = {**_settings, "SERVER_URL": _public_url(), "API_TOKEN": "***" if API_TOKEN else ""}
@@ -1760,7 +1755,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     for line in _bad_settings:
         logger.error("%s", line)
     if not _bad_settings:
-        status = _show_status(options.json) if options.status else _run(options.once)
+        status = print_status(options.json) if options.status else _run(options.once)
     ending = threading.Thread(target=listener.stop, daemon=True)
     ending.start()
     ending.join(1)
