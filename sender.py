@@ -1041,9 +1041,8 @@ class Round:
     works: bool = False  # something has been accepted in this round
     in_vain: bool = False  # the search has shown that it is the server
     ends: list[int] = field(default_factory=list)  # of the pieces of the batch that is searched, the nearest last
-    searched: int = 0  # packets in that batch
+    begin: int = 0  # its first packet
     passed: int = 0  # packets in its largest piece that was accepted
-    refused: int = 0  # packets before it that were refused
     told: bool = False  # of the size
 
     def __post_init__(self) -> None:
@@ -1135,8 +1134,7 @@ class Round:
 
     def _divide(self, packets: int, answer: Answer) -> None:
         if not self.ends:
-            self.ends, self.searched, self.passed = [self.record.uploaded + packets], packets, 0
-            self.refused = len(self.record.refused)
+            self.ends, self.begin, self.passed = [self.record.uploaded + packets], self.record.uploaded, 0
             what = f"{answer.reason}; these {_count(packets, 'packet')} are searched for what it is about"
             logger.log(logging.DEBUG if self.told else logging.WARNING, "%s%s", self.label, what)
         self.ends.append(self.record.uploaded + packets // 2)
@@ -1145,7 +1143,7 @@ class Round:
         """Pass over a packet that failed alone. True where that ends the round: it is not about packets."""
         record = self.record
         if not self.ends:  # a batch of this packet alone
-            self.ends, self.refused = [record.uploaded + 1], len(record.refused)
+            self.ends, self.begin = [record.uploaded + 1], record.uploaded
         record.refused.append(record.uploaded)
         record.uploaded, record.row, record.last_error = record.uploaded + 1, record.row + 1, answer.reason
         if record.row < (record.in_a_row if self.heard else IN_A_ROW) and len(record.refused) < record.packets:
@@ -1161,11 +1159,11 @@ class Round:
     def _conclude(self) -> None:
         """Say what the search has found."""
         _server.pinned_until = time.monotonic() + RETRY_FAILED_INTERVAL
-        if refused := self.record.refused[self.refused :]:
+        if refused := [number for number in self.record.refused if number >= self.begin]:
             what = f"the server refuses {_packets(refused)} alone, the others are delivered: {self.record.last_error}"
             logger.error("%s%s", self.label, what)
         else:
-            lasting = self.searched > _server.limit  # it was tried once more
+            lasting = self.ends[0] - self.begin > _server.limit  # it was tried once more
             _server.limit, _server.at_limit = (_server.limit, _server.at_limit + 1) if lasting else (self.passed, 0)
             slow = _server.took > REQUEST_TIMEOUT / 2
             self.size = _server.size = max(1, _server.limit // 2) if slow else _server.limit
