@@ -231,7 +231,7 @@ class Server:
     used_at: float = 0  # when the connection was last used; 0: there is none
     started: float = 0  # when the request under way was
     took: float = 0  # the last one, from its first byte on
-    sent: bool = False  # some of it
+    connecting: bool = False  # nothing of it has been sent
     cut_short: bool = False  # not all of it could be
 
     def learn(self, packets: int) -> None:
@@ -320,7 +320,9 @@ def _secrets(url: str, token: str) -> list[str]:
     secrets += [value for _, value in parse_qsl(parts.query) if len(value) > 3]
     with contextlib.suppress(OSError, ValueError):  # told by whoever sends; credentials that are not base64
         _, post, options = _session(url, token)
-        secrets += [urlsplit(proxy).password or "" for proxy in options["proxies"].values()]
+        for proxy in map(urlsplit, options["proxies"].values()):
+            login = unquote(proxy.netloc.rpartition("@")[0])
+            secrets += [proxy.password or proxy.username or "", base64.b64encode(login.encode()).decode()]
         secrets.append(post.headers.get("Authorization", "").partition(" ")[2])
         secrets.append(base64.b64decode(secrets[-1], validate=True).decode().partition(":")[2])
     return sorted({s for secret in secrets for s in (secret, unquote(secret)) if s}, key=len, reverse=True)
@@ -493,6 +495,7 @@ class Record:
         sound &= refused == sorted({n for n in refused if type(n) is int and n in range(done)})
         if not sound or refused[len(refused) - row :] != [*range(done - row, done)]:
             raise ValueError("wrong numbers")
+        record.last_error = _one_line(record.last_error)
         return record
 
     def save(self, path: str) -> None:
@@ -771,13 +774,13 @@ class _Connection:
     sock: Any
 
     def connect(self) -> None:
+        _server.connecting = True  # through a proxy and TLS, too
         super().connect()  # type: ignore[misc]
-        _server.started = time.monotonic()  # connecting is not slowness
+        _server.started, _server.connecting = time.monotonic(), False  # connecting is not slowness
 
     def send(self, data: Any) -> None:
         if self.sock is None:
             self.connect()
-        _server.sent = True
         try:
             super().send(data)  # type: ignore[misc]
         except socket.timeout:
@@ -829,7 +832,9 @@ def _session(url: str, token: str) -> tuple[_Adapter, requests.PreparedRequest, 
     try:
         post = session.prepare_request(requests.Request("POST", url, headers=headers, auth=auth))
         options: dict[str, Any] = dict(session.merge_environment_settings(url, {}, True, bundle, None))
-        for proxy in options["proxies"].values():
+        proxy = requests.utils.select_proxy(url, options["proxies"])  # among them is NO_PROXY's list of hosts
+        options["proxies"] = {"all": proxy} if proxy else {}
+        if proxy:
             requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call]
             urllib3.util.parse_url(proxy)
     except (ValueError, TypeError):  # not with its text: it may quote a password
@@ -846,7 +851,7 @@ def _send(request: requests.PreparedRequest, timeout: float) -> requests.Respons
         adapter.close()
 
     def send() -> requests.Response:
-        _server.started, _server.sent, _server.cut_short = time.monotonic(), False, False
+        _server.started, _server.connecting, _server.cut_short = time.monotonic(), False, False
         return adapter.send(request, timeout=timeout, **options)
 
     if 0.5 < idle <= IDLE_LIMIT:
@@ -908,7 +913,8 @@ def _advice(status: int, headers: Any) -> str:
     if COMPRESS == "gzip" and status in (400, 406, 415, 422):
         return "check COMPRESS, the server may not take gzip"
     if 300 <= status < 400:
-        return f"check SERVER_URL, the server points to {_one_line(headers.get('Location', 'nowhere'))}"
+        location = re.sub(r"(?s)(?<=//)[^/]*@|[?#].*", "", headers.get("Location", "nowhere"))
+        return f"check SERVER_URL, the server points to {_one_line(location)}"
     page = "a web page instead of a receipt, check SERVER_URL, or whether the network wants a login"
     token, path = "check API_TOKEN", "check SERVER_URL"
     known = {200: page, 401: token, 403: token, 404: path, 405: path, 407: f"check the proxy {_proxies()}"}
@@ -951,8 +957,7 @@ def _network_answer(error: Exception) -> Answer:
     if foreign or unusable or (through and " 407" in reason):  # InvalidURL and InvalidSchema are ValueErrors
         return Answer(Outcome.MISCONFIGURED, f"Cannot send to server {server}{through}: {reason}")
     wrapped = getattr(error.args[0] if error.args else None, "reason", None)
-    unsent = isinstance(error, requests.exceptions.SSLError) and not _server.sent
-    if unsent or isinstance(wrapped, (ConnectTimeoutError, NewConnectionError, ProxyError)):
+    if _server.connecting or isinstance(wrapped, (ConnectTimeoutError, NewConnectionError, ProxyError)):
         return Answer(Outcome.AWAY, f"Cannot connect to server {server}{through}: {reason}")
     if isinstance(cause, (socket.timeout, urllib3.exceptions.TimeoutError)):
         return Answer(Outcome.UNANSWERED, f"Request timed out: no complete answer within {REQUEST_TIMEOUT:g} seconds")
@@ -1252,7 +1257,8 @@ def _failed(path: str, data: str, record: Record, answer: Answer) -> None:
     if target != path:
         _move(data, target)  # where that fails, the next sweep removes the record
         _forget(path)
-    _server.sweep_when_back |= answer.outcome in (Outcome.AWAY, Outcome.BUSY)
+    if answer.outcome in (Outcome.AWAY, Outcome.BUSY):
+        _server.sweep_when_back = _server.early_sweeps = True
     why, then = answer.reason, f"next try within {RETRY_FAILED_INTERVAL:g} seconds"
     if record.unreadable:
         then = "nothing was sent; it is kept, and read again when it changes"
@@ -1436,7 +1442,7 @@ def retry_failed_uploads() -> None:
         failed += not answer and answer.outcome is not Outcome.UNREADABLE
         in_vain = failed >= 3 and _server.accepted == accepted
         if in_vain or answer.outcome in _ENDS_SWEEP:
-            if answer.retry_after:
+            if answer.retry_after and answer.outcome is Outcome.BUSY:
                 _server.next_sweep = time.monotonic() + answer.retry_after
             if due and not _stopping:
                 logger.info("The other %s can wait: it is the server's trouble", _count(len(due), "failed upload"))
@@ -1738,7 +1744,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     epilog = ["settings in force, which .env.example explains:", *(f"  {n:22}{value}" for n, value in shown.items())]
     parser = argparse.ArgumentParser(
         description="Upload the sniffer's captures until Ctrl-C.",
-        epilog="\n".join(epilog),
+        epilog="\n".join(epilog).replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = functools.partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
