@@ -143,6 +143,16 @@ def test_a_busy_server_is_asked_again_when_its_retry_after_is_over(spool: Spool)
     assert sum(name.startswith("processed/") for name in spool.names()) >= 30 + 11
 
 
+@pytest.mark.parametrize("status", [302, 400, 500])
+def test_a_retry_after_of_a_server_that_is_not_busy_brings_no_sweep_forward(spool: Spool, status: int) -> None:
+    with ScriptedServer(lambda request: reply(status, "", "Retry-After: 1")) as server:
+        for number in range(4):
+            put(spool, f"{number}.json", capture(2, start=100 * number))
+        sender, clock = load(spool, server)
+        play(sender, clock, *[lambda: None] * 20)
+        assert len(server.requests) <= 15
+
+
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_file_that_is_rejected_does_not_end_the_sweep(spool: Spool, status: int) -> None:
     with ScriptedServer(lambda request: reply(status) if request.numbers[0] < 100 else None) as server:

@@ -687,6 +687,32 @@ def test_no_proxy_is_honoured(spool: Spool, monkeypatch: pytest.MonkeyPatch, exe
     assert (len(server.requests), proxy.connections) == (1, 0)
 
 
+@pytest.mark.parametrize("exempt", ["localhost,::1", "[::1]", "fe80::/10"])
+def test_a_list_of_exempt_hosts_is_no_proxy(spool: Spool, monkeypatch: pytest.MonkeyPatch, exempt: str) -> None:
+    monkeypatch.setenv("no_proxy", exempt)
+    with ScriptedServer() as server:
+        assert spool.load(SERVER_URL=server.url).upload_packets(PACKETS)
+
+
+def test_a_tunnel_that_breaks_before_anything_was_sent_is_no_connection(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ScriptedServer(lambda request: reset) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+        sender = spool.load(SERVER_URL="https://sensors.invalid/ingest")
+        assert sender.upload_packets(PACKETS).outcome is sender.Outcome.AWAY
+
+
+def test_a_redirects_query_and_password_are_not_shown(spool: Spool, said: Said) -> None:
+    there = "Location: https://u:pa55word@login.example/x?session=S3cret#S3cret"
+    with ScriptedServer(lambda request: reply(302, "", there)) as server:
+        assert not spool.load(SERVER_URL=server.url).upload_packets(PACKETS)
+    (line,) = said(logging.ERROR)
+    assert "https://login.example/x" in line
+    assert "S3cret" not in line
+    assert "pa55word" not in line
+
+
 def test_https_takes_a_proxys_tunnel(spool: Spool, monkeypatch: pytest.MonkeyPatch, certificates: Certificates) -> None:
     tls = certificates.server("sensors.invalid")
     with ScriptedServer(tls=tls) as server, ScriptedServer(lambda request: tunnel(server.port)) as proxy:
