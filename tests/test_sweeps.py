@@ -148,8 +148,8 @@ def test_a_retry_after_of_a_server_that_is_not_busy_brings_no_sweep_forward(spoo
     with ScriptedServer(lambda request: reply(status, "", "Retry-After: 1")) as server:
         for number in range(4):
             put(spool, f"{number}.json", capture(2, start=100 * number))
-        sender, clock = load(spool, server)
-        play(sender, clock, *[lambda: None] * 20)
+        sender, clock = load(spool, server, POLL_INTERVAL=1)
+        play(sender, clock, *[lambda: None] * 40)
         assert len(server.requests) <= 15
 
 
