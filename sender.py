@@ -1618,13 +1618,14 @@ def _facts() -> dict[str, Any]:
         except OSError as error:
             names[folder] = set()
             problems[f"{folder.name} cannot be read ({error.strerror})"] = True
-    waiting, failures, stuck = names[PENDING_DIR], _failures(names[FAILED_DIR]), _stuck(names[PENDING_DIR])
+    waiting, failed = names[PENDING_DIR], _failed_names(names[FAILED_DIR])
+    failures, stuck = _failures(names[FAILED_DIR]), _stuck(waiting)
     ready = [os.path.join(PENDING_DIR, n + TAKEN if n + TAKEN in waiting else n) for n in _ready(waiting)]
     refused = [len(failure["refused"]) for failure in failures if failure["refused"]]
     closed, oldest = sum(not os.access(path, os.R_OK) for path in ready), _summary(ready)["oldest"] or 0
     problems["no sender is running"] = not pid
     problems["the server is not reachable"] = bool(trouble)
-    problems[_count(len(failures), "failed upload")] = bool(failures)
+    problems[_count(len(failed), "failed upload")] = bool(failed)
     problems[f"a ready file has waited for {timedelta(seconds=oldest)}"] = oldest > 600
     problems[f"{_count(closed, 'ready file')} may not be read"] = closed > 0
     problems[f"{_count(len(stuck), 'file')} without a marker, or without .json, for over a minute"] = bool(stuck)

@@ -534,6 +534,16 @@ def test_status_is_not_well_where_a_ready_file_may_not_be_read(spool: Spool, mon
     assert "1 ready file may not be read" in sender._facts()["problems"]
 
 
+def test_status_is_not_well_where_a_failed_files_record_cannot_be_read(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool.failed.mkdir(parents=True)
+    (spool.failed / "a.json").write_text("[]")
+    sender = spool.load()
+    monkeypatch.setattr(sender.Record, "read", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied", path)))
+    assert "1 failed upload" in sender._facts()["problems"]
+
+
 def test_what_a_new_user_gets_wrong_is_told_once_and_by_status(spool: Spool) -> None:
     spool.pending.mkdir(parents=True)
     for name in ("unmarked.json", "marked.jsonl", "marked.jsonl.ready", "fresh.json"):
