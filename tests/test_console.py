@@ -539,7 +539,7 @@ def test_status_is_not_well_where_a_failed_files_record_cannot_be_read(
 ) -> None:
     spool.failed.mkdir(parents=True)
     (spool.failed / "a.json").write_text("[]")
-    sender = spool.load()
+    sender = spool.load(SERVER_URL="http://127.0.0.1:9/")
     monkeypatch.setattr(sender.Record, "read", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied", path)))
     assert "1 failed upload" in sender._facts()["problems"]
 
