@@ -1742,10 +1742,11 @@ def _run(once: bool) -> int:
 def main(arguments: Optional[list[str]] = None) -> int:
     """The command line; returns the exit status."""
     shown = {**_settings, "SERVER_URL": _public_url(), "API_TOKEN": "***" if API_TOKEN else ""}
-    epilog = ["settings in force, which .env.example explains:", *(f"  {n:22}{value}" for n, value in shown.items())]
+    epilog = "settings in force, which .env.example explains:"
+    epilog += "".join(f"\n  {name:22}{value}" for name, value in shown.items())
     parser = argparse.ArgumentParser(
         description="Upload the sniffer's captures until Ctrl-C.",
-        epilog="\n".join(epilog).replace("%", "%%"),
+        epilog=epilog.replace("%", "%%") if "%(prog)" in epilog else epilog,  # only then argparse expands it
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = functools.partial(parser.add_mutually_exclusive_group().add_argument, action="store_true")
