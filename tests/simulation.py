@@ -1286,14 +1286,13 @@ class Life:
             meant = {path: capture for path, capture in self.disk.where.items() if Path(path).parent.name == folder}
             found = {str(path) for path in (self.root / folder).iterdir() if path.suffix not in (READY, ".tmp")}
             found -= {path for path in found if damaged(Path(path))}
-            records = {path.replace(TAKEN, "") + STATE for path in meant} if folder == FAILED else set()
-            records -= {path.replace(TAKEN, "") + STATE for path, capture in meant.items() if capture.disturbed >= 0}
+            known = {path: path.replace(TAKEN, "") + STATE for path in meant}
+            records = set(known.values()) if folder == FAILED else set()
+            records -= {known[path] for path, capture in meant.items() if capture.disturbed >= 0}
             old = {path for path in found if path.endswith(".json") and Path(path).read_bytes().startswith(b"older")}
             older_record = {path + STATE for path in old}
-            known = {
-                path.replace(TAKEN, "") + STATE for path in meant
-            }  # a person has taken one away; the next sweep makes it again
-            if extra := (found - old - older_record - (known - records)) ^ (meant.keys() | records):
+            may_be = set(known.values()) - records  # a person has taken one away; the next sweep makes it again
+            if extra := (found - old - older_record - may_be) ^ (meant.keys() | records):
                 raise Wrong(f"in {folder}, too many or too few: {sorted(map(self.disk.short, extra))}")
             for path, capture in meant.items():
                 stem, suffix = os.path.splitext(capture.name)
